@@ -1,0 +1,72 @@
+"""What every test shares: eight simulated devices, the demo weights, and the meshes to try."""
+
+import os
+import sys
+from pathlib import Path
+
+# The one place that says on what the tests run; it must come before JAX is imported.
+SIMULATED_DEVICES = 8
+if "jax" in sys.modules:
+    raise RuntimeError("JAX was imported before tests/conftest.py could set the simulated devices")
+_platform = os.environ.get("SPMD_INFER_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = _platform
+if _platform == "cpu":
+    _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+    os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}"])
+
+import pytest
+
+from spmd_infer import demo
+from spmd_infer.errors import SpmdInferError
+
+# (data, model) sizes on which sharded must equal unsharded.
+MESHES = ((1, 1), (8, 1), (1, 8), (2, 4), (4, 2))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``mesh_text`` runs on every mesh, given as ``"data=2,model=4"``."""
+    if "mesh_text" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "mesh_text",
+            [f"data={data},model={model}" for data, model in MESHES],
+            ids=[f"{data}x{model}" for data, model in MESHES],
+        )
+
+
+def _demo(name: str) -> Path:
+    try:
+        return demo.demo_path(name)
+    except SpmdInferError as error:
+        if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+            pytest.fail(f"CI must have the demo wheels: {error}", pytrace=False)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return _demo("demo:smollm2")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    return _demo("demo:minilm")
+
+
+@pytest.fixture(scope="session")
+def efficientnet() -> Path:
+    """The state dict of EfficientNet-Lite0."""
+    return _demo("demo:efficientnet-lite0")
+
+
+@pytest.fixture(scope="session")
+def imagenet_pictures() -> list[tuple[Path, int]]:
+    """Twenty ImageNet pictures, each with its class index."""
+    return demo.imagenet_pictures(_demo("demo:imagenet"))
+
+
+@pytest.fixture(scope="session")
+def sts_b_test() -> list[tuple[float, str, str]]:
+    """The 1,379 rows of the STS-B test set: score from 0 to 5, two sentences."""
+    return demo.sts_b_rows(_demo("demo:sts-b"))
