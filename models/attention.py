@@ -1,0 +1,132 @@
+"""Attention of decoders: over a prompt, and over a cache of earlier keys and values.
+
+Keys are cached as ``[B, K, H, S]`` and values as ``[B, K, S, H]``: the two layouts that a decode step reads at memory
+speed on a CPU, several times faster than any other. Query heads that share a key head are folded into the rows of one
+product, so keys and values are never repeated. Softmax is in float32.
+
+A model talks to its cache through three methods: ``prefill``, ``append`` and ``attend``. A cache that keeps its
+positions elsewhere (in pages) offers the same three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from spmd_infer.axes import BATCH, HEAD_DIM, KV_HEADS
+from spmd_infer.tensors import Axes
+
+KEY_AXES: Axes = (BATCH, KV_HEADS, HEAD_DIM, None)
+VALUE_AXES: Axes = (BATCH, KV_HEADS, None, HEAD_DIM)
+
+# Above this prompt length the scores of all queries at once would outgrow the weights; queries then go in blocks.
+_WHOLE_PROMPT = 1024
+_MAX_BLOCKS = 8
+
+
+class LayerCache(Protocol):
+    """What a decoder layer asks of its cache; updates return a new cache, and XLA reuses the donated buffers."""
+
+    def prefill(self, keys: jax.Array, values: jax.Array) -> Self:
+        """With the keys and values ``[B, T, K, H]`` of whole prompts at positions 0 to T-1."""
+        ...
+
+    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> Self:
+        """With one key and value ``[B, K, H]`` more in each row, at ``positions [B]``."""
+        ...
+
+    def attend(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
+        """Attention of ``queries [B, N, H]`` over positions 0 to ``positions [B]``, as ``[B, N, H]``."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContiguousCache:
+    """Keys and values of one layer, each row's positions side by side.
+
+    Attributes:
+        keys: ``[B, K, H, S]``.
+        values: ``[B, K, S, H]``.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def prefill(self, keys: jax.Array, values: jax.Array) -> ContiguousCache:
+        """See ``LayerCache``."""
+        keys = keys.transpose(0, 2, 3, 1).astype(self.keys.dtype)  # [B, K, H, T]
+        values = values.transpose(0, 2, 1, 3).astype(self.values.dtype)  # [B, K, T, H]
+        return ContiguousCache(
+            jax.lax.dynamic_update_slice(self.keys, keys, (0, 0, 0, 0)),
+            jax.lax.dynamic_update_slice(self.values, values, (0, 0, 0, 0)),
+        )
+
+    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
+        """See ``LayerCache``."""
+
+        def row(cache: ContiguousCache, key: jax.Array, value: jax.Array, position: jax.Array) -> ContiguousCache:
+            return ContiguousCache(
+                jax.lax.dynamic_update_slice(cache.keys, key[:, :, None].astype(cache.keys.dtype), (0, 0, position)),
+                jax.lax.dynamic_update_slice(
+                    cache.values, value[:, None, :].astype(cache.values.dtype), (0, position, 0)
+                ),
+            )
+
+        return jax.vmap(row)(self, keys, values, positions)
+
+    def attend(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
+        """See ``LayerCache``."""
+        batch, heads, head_dim = queries.shape
+        groups = self.keys.shape[1]
+        rows = (queries * head_dim**-0.5).astype(self.keys.dtype).reshape(batch, groups, heads // groups, head_dim)
+        scores = jnp.einsum("bkgh,bkhs->bkgs", rows, self.keys, preferred_element_type=jnp.float32)
+        seen = jnp.arange(self.keys.shape[3]) <= positions[:, None]  # [B, S]
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None, :], scores, -jnp.inf), axis=-1)
+        mixed = jnp.einsum(
+            "bkgs,bksh->bkgh", weights.astype(self.values.dtype), self.values, preferred_element_type=jnp.float32
+        )
+        return mixed.reshape(batch, heads, head_dim).astype(queries.dtype)
+
+
+def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Attention of each position over itself and those before it in its row.
+
+    Rows padded on the right need no mask: nothing after a position changes it.
+
+    Args:
+        queries: ``[B, T, N, H]``.
+        keys: ``[B, T, K, H]`` where K divides N; query head ``n`` reads key head ``n // (N / K)``.
+        values: ``[B, T, K, H]``.
+
+    Returns:
+        ``[B, T, N, H]`` in the dtype of ``queries``.
+    """
+    batch, length, heads, head_dim = queries.shape
+    groups = keys.shape[2]
+    rows = (queries * head_dim**-0.5).reshape(batch, length, groups, heads // groups, head_dim)
+    rows = rows.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    keys = keys.transpose(0, 2, 3, 1)  # [B, K, H, S]
+    values = values.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    block = length if length <= _WHOLE_PROMPT else max(_WHOLE_PROMPT // 2, -(-length // _MAX_BLOCKS))
+    blocks = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        # A block of queries reads only the keys up to its own end.
+        blocks.append(_attend_block(rows[:, :, :, start:stop], keys[..., :stop], values[:, :, :stop], start))
+    mixed = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(queries.dtype)
+
+
+def _attend_block(rows: jax.Array, keys: jax.Array, values: jax.Array, start: int) -> jax.Array:
+    """Queries ``[B, K, G, T, H]`` at positions from ``start`` over keys ``[B, K, H, S]`` from position 0."""
+    scores = jnp.einsum("bkgth,bkhs->bkgts", rows, keys, preferred_element_type=jnp.float32)
+    seen = start + jnp.arange(rows.shape[3])[:, None] >= jnp.arange(keys.shape[3])  # [T, S]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+
+
+__all__ = ["KEY_AXES", "VALUE_AXES", "ContiguousCache", "LayerCache", "causal_attention"]
