@@ -1,7 +1,7 @@
 """Chat templates: the Jinja program inside a checkpoint that turns a conversation into a prompt.
 
-The program comes with the weights, so it runs in Jinja's sandbox, and within bounds: so many loop steps and calls, so much
-time, so much text. The names that it may use are those that Hugging Face templates expect.
+The program comes with the weights, so it runs in Jinja's sandbox, and within bounds: so many loop steps and calls, so
+much time, so much text. The names that it may use are those that Hugging Face templates expect.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
@@ -96,7 +96,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+    return datetime.now().astimezone().strftime(form)
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, sort_keys: bool = False) -> str:
@@ -115,8 +115,10 @@ def _environment() -> _Environment:
     return environment
 
 
-def _wrap(inner: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(inner, name, [], [], None, None, lineno=inner.lineno, environment=inner.environment)
+def _wrap(inner: nodes.Node, name: str) -> nodes.Filter:
+    return nodes.Filter(
+        cast("nodes.Expr", inner), name, [], [], None, None, lineno=inner.lineno, environment=inner.environment
+    )
 
 
 def _count_work(tree: nodes.Template) -> nodes.Template:

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, from its ``tokenizer.ggml.*`` fields.
 
-A GGUF file stores the vocabulary and, for byte-level BPE, the merges, but only the *name* of the pattern that splits text
-into words before merging (``tokenizer.ggml.pre``). The patterns here are those of the models' own ``tokenizer.json``.
+A GGUF file stores the vocabulary and, for byte-level BPE, the merges, but only the *name* of the pattern that splits
+text into words before merging (``tokenizer.ggml.pre``). The patterns here are those of the models' ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _split_words(pre: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join(sorted({*_GPT2, *_DIGIT_BY_DIGIT, *_LLAMA3, *_QWEN2}))
     raise CheckpointError(
-        f"the GGUF file splits words by pattern {pre!r} (tokenizer.ggml.pre), which is not known here; known are {known}. "
-        "Put the model's tokenizer.json beside the file to use that instead"
+        f"the GGUF file splits words by pattern {pre!r} (tokenizer.ggml.pre), which is not known here; known are "
+        f"{known}. Put the model's tokenizer.json beside the file to use that instead"
     )
 
 
@@ -189,6 +189,6 @@ def core_from_gguf(metadata: Mapping[str, Any]) -> Core:
     if kind == "bert":
         return _wordpiece(metadata)
     raise CheckpointError(
-        f"the GGUF file holds a tokenizer of kind {kind!r} (tokenizer.ggml.model); known here are 'gpt2', 'llama' and 'bert'. "
-        "Put the model's tokenizer.json beside the file to use that instead"
+        f"the GGUF file holds a tokenizer of kind {kind!r} (tokenizer.ggml.model); known here are 'gpt2', 'llama' and "
+        "'bert'. Put the model's tokenizer.json beside the file to use that instead"
     )
