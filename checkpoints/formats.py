@@ -1,0 +1,135 @@
+"""Which formats there are, and opening a path with the right one.
+
+A third party adds a format with an entry point of group ``spmd_infer.readers`` whose object is a ``Format``::
+
+    [project.entry-points."spmd_infer.readers"]
+    npz = "their_package.npz:FORMAT"
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from spmd_infer.checkpoints import gguf_header, gguf_reader, safetensors_reader
+from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.errors import CheckpointError, UnknownFormatError
+
+ENTRY_POINT_GROUP = "spmd_infer.readers"
+_HEAD_BYTES = 64
+
+
+@dataclass(frozen=True)
+class Format:
+    """One checkpoint format.
+
+    Attributes:
+        name: a short name, the ``stored`` of its readers.
+        description: what its paths look like, for error messages.
+        detects: whether a path is of this format, from the path and, for a file, its first 64 bytes (empty for a
+            folder). It must not raise.
+        open: opens such a path; raises CheckpointError when it is damaged.
+    """
+
+    name: str
+    description: str
+    detects: Callable[[Path, bytes], bool]
+    open: Callable[[Path], Reader]
+
+
+def _detects_safetensors(path: Path, head: bytes) -> bool:
+    if path.is_dir():
+        return (path / safetensors_reader.INDEX_NAME).exists() or any(path.glob("*" + safetensors_reader.SUFFIX))
+    if path.suffix == safetensors_reader.SUFFIX:
+        return True
+    return len(head) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _detects_gguf(path: Path, head: bytes) -> bool:
+    return path.is_file() and (gguf_header.is_gguf(head) or path.suffix == gguf_reader.SUFFIX)
+
+
+BUILT_IN: tuple[Format, ...] = (
+    Format("gguf", "a .gguf file", _detects_gguf, gguf_reader.GgufReader),
+    Format(
+        "safetensors",
+        "a .safetensors file, or a folder with model.safetensors or model.safetensors.index.json",
+        _detects_safetensors,
+        safetensors_reader.SafetensorsReader,
+    ),
+)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
+    """Open a checkpoint for reading; only headers are read.
+
+    Args:
+        path: a file, a Hugging Face folder, or a folder that holds just one checkpoint file.
+
+    Raises:
+        UnknownFormatError: no format, built in or installed, recognises the path.
+        CheckpointError: the path does not exist, or the checkpoint is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    head = _head(path)
+    for known in BUILT_IN:
+        if known.detects(path, head):
+            return known.open(path)
+    added, broken = _installed()
+    for known in added:
+        if known.detects(path, head):
+            return known.open(path)
+    if path.is_dir():
+        inner = [
+            file
+            for file in sorted(path.iterdir())
+            if file.is_file() and any(known.detects(file, _head(file)) for known in (*BUILT_IN, *added))
+        ]
+        if len(inner) == 1:
+            return open_checkpoint(safetensors_reader.inside(path, inner[0].name))
+        if inner:
+            names = ", ".join(file.name for file in inner[:8])
+            raise CheckpointError(f"{path}: holds {len(inner)} checkpoint files ({names}); give the path of one")
+    raise UnknownFormatError(_unknown(path, head, (*BUILT_IN, *added), broken))
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _installed() -> tuple[list[Format], list[str]]:
+    """Formats of installed packages, and what went wrong with those that could not be imported."""
+    formats, broken = [], []
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        try:
+            loaded = entry.load()
+        except Exception as error:  # another package's code may raise anything; the user is told
+            broken.append(f"{entry.name} ({entry.value}) cannot be imported: {error}")
+            continue
+        if isinstance(loaded, Format):
+            formats.append(loaded)
+        else:
+            broken.append(f"{entry.name} ({entry.value}) is a {type(loaded).__name__}, expected a Format")
+    return formats, broken
+
+
+def _unknown(path: Path, head: bytes, formats: tuple[Format, ...], broken: list[str]) -> str:
+    if path.is_dir():
+        names = sorted(item.name for item in path.iterdir())
+        found = f"a folder with {', '.join(names[:10]) or 'nothing'}{', …' if len(names) > 10 else ''}"
+    else:
+        found = f"a file of {path.stat().st_size} bytes that begins with {head[:16]!r}"
+    known = "; ".join(f"{known.name}: {known.description}" for known in formats)
+    trouble = f"; readers that failed: {'; '.join(broken)}" if broken else ""
+    return f"{path}: no reader knows this format. Found {found}. Known are {known}{trouble}"

@@ -1,0 +1,180 @@
+"""What every checkpoint reader offers, whatever the format of its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from spmd_infer.errors import CheckpointError
+
+Index = tuple[slice, ...]
+"""One contiguous slice for each leading dimension; dimensions left out are taken whole."""
+
+CONFIG_NAME = "config.json"
+_CONFIG_LIMIT = 16 << 20
+_MOST_DIMENSIONS = 32
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its header describes it; nothing of its data has been read.
+
+    Attributes:
+        name: its name in the checkpoint.
+        shape: its shape, outermost dimension first.
+        dtype: the dtype that ``Reader.read`` returns.
+        nbytes: the bytes that it takes in its file.
+        file: the file that holds it.
+        stored_as: how the file stores it, in the format's own words (``"BF16"``, ``"Q4_1"``, ``"FloatStorage"``).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    nbytes: int
+    file: Path
+    stored_as: str = field(default="", compare=False)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count
+
+    def __str__(self) -> str:
+        stored = f" stored as {self.stored_as}" if self.stored_as else ""
+        return f"{self.name!r} {self.dtype.name}[{', '.join(map(str, self.shape))}]{stored} in {self.file}"
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """An open checkpoint: its tensors are listed without being read, and read slice by slice.
+
+    Attributes:
+        path: what was opened.
+        stored: the format: ``"safetensors"``, ``"gguf"``, ``"pth"``, or a third party's name.
+        folder: the folder in which files that belong to the checkpoint (a tokenizer) lie.
+        tensors: every tensor by name.
+        config: the model's configuration in the terms of a Hugging Face ``config.json``; empty where there is none.
+        architecture: what the checkpoint says the model is; None where it does not.
+        metadata: fields of the file's header beyond the tensors, under the format's own names.
+
+    A reader that also has ``fresh_reads = True`` promises that nothing else will ever refer to the memory that ``read``
+    returns; a device on the host then takes it over without a copy.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def stored(self) -> str: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def architecture(self) -> str | None: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str, index: Index | None = None) -> npt.NDArray[Any]:
+        """One slice of a tensor.
+
+        Args:
+            name: the tensor.
+            index: contiguous slices (step 1) of its leading dimensions; None for the whole tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor, the index does not suit it, or its bytes cannot be read.
+        """
+        ...
+
+
+def find_tensor(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> TensorInfo:
+    """The entry of one tensor; raises CheckpointError with the nearest names where there is none."""
+    info = tensors.get(name)
+    if info is None:
+        import difflib
+
+        near = difflib.get_close_matches(name, tensors, n=3)
+        hint = f"; nearest names: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"{path}: no tensor {name!r} among its {len(tensors)} tensors{hint}")
+    return info
+
+
+def bounds(index: Index | None, info: TensorInfo) -> tuple[tuple[int, int], ...]:
+    """Start and stop of each dimension of a tensor under an index of slices.
+
+    Raises:
+        CheckpointError: more slices than dimensions, a step other than 1, or something that is not a slice.
+    """
+    given = () if index is None else index
+    if len(given) > len(info.shape):
+        raise CheckpointError(f"{info}: an index of {len(given)} slices was given for {len(info.shape)} dimensions")
+    result = []
+    for position, size in enumerate(info.shape):
+        piece = given[position] if position < len(given) else slice(None)
+        if not isinstance(piece, slice) or piece.step not in (None, 1):
+            raise CheckpointError(f"{info}: index {piece!r} of dimension {position}; expected a slice with step 1")
+        start, stop, _ = piece.indices(size)
+        result.append((start, max(start, stop)))
+    return tuple(result)
+
+
+def check_shape(shape: Sequence[int], dtype: np.dtype[Any], name: str, file: Path) -> None:
+    """Refuse shapes that no array can have: too many dimensions, or sizes that overflow (even beside a zero)."""
+    count = 1
+    for dim in shape:
+        count *= max(1, dim)
+    if len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0 or count * dtype.itemsize >= 1 << 63:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has shape {str(list(shape))[:120]}, which no array of {dtype.name} can have"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder; empty where there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object, or is larger than a configuration can be.
+    """
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        return {}
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A small file that holds one JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, is too large, or holds something else.
+    """
+    try:
+        size = file.stat().st_size
+        if size > _CONFIG_LIMIT:
+            raise CheckpointError(f"{file}: {size} bytes of JSON, more than the {_CONFIG_LIMIT} that are read")
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: expected a JSON object, but it cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """The architecture that a Hugging Face configuration names: the first of ``architectures``, or ``model_type``."""
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else None
