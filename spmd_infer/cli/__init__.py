@@ -1,8 +1,5 @@
-"""The command ``spmd-infer``."""
+"""The command ``spmd-infer``. Its modules import JAX only when a verb runs, so that ``--help`` answers at once."""
 
+from spmd_infer.cli.app import main
 
-def main() -> None:
-    """Run the command line."""
-    from spmd_infer.cli.app import run
-
-    run()
+__all__ = ["main"]

@@ -1,0 +1,85 @@
+"""The command line: its verbs, its options common to all, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spmd_infer import __version__
+from spmd_infer.cli import doctor, generate, images, infer, plan, sentences
+from spmd_infer.cli.configuration import read_configuration
+from spmd_infer.cli.options import DEBUG_VARIABLE
+from spmd_infer.errors import AxisError, BatchError, MeshError, PlanError, SpmdInferError, TaskError
+
+HELP = """Run JAX and Flax models sharded over a mesh of devices.
+
+MODEL is a checkpoint (a Hugging Face folder, a .gguf, .safetensors or .pth file) or one of demo:smollm2, demo:minilm
+and demo:efficientnet-lite0.
+
+An option on the command line wins over its environment variable, that over the configuration file, that over the
+default.
+
+Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong command line or configuration; 3 the
+checkpoint or model cannot be used; 4 the input is refused; 5 no mesh or plan works, or the model does not fit; 6 doctor
+found a problem; 130 interrupted.
+"""
+
+UNUSABLE_MODEL, REFUSED_INPUT, NO_LAYOUT = 3, 4, 5
+
+app = typer.Typer(
+    name="spmd-infer", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+app.command("infer")(infer.infer)
+app.command("generate")(generate.generate)
+app.command("embed")(sentences.embed)
+app.command("classify")(images.classify)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spmd-infer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with values for options.", envvar="SPMD_INFER_CONFIG", show_default=False),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+    if config is not None:
+        ctx.default_map = read_configuration(config, ctx)
+
+
+def exit_code(error: SpmdInferError) -> int:
+    """The exit code that tells a script what kind of error this was."""
+    if isinstance(error, MeshError | AxisError | PlanError):
+        return NO_LAYOUT
+    if isinstance(error, BatchError | TaskError):
+        return REFUSED_INPUT
+    return UNUSABLE_MODEL
+
+
+def main() -> None:
+    """Run the command line; an expected error becomes one message and an exit code."""
+    try:
+        app()
+    except (SpmdInferError, OSError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_code(error) if isinstance(error, SpmdInferError) else UNUSABLE_MODEL)

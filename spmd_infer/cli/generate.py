@@ -1,0 +1,93 @@
+"""``spmd-infer generate``: continue prompts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+from spmd_infer.cli.reading import read_texts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, lines of standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="File with one prompt a line.", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens for each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
+    mesh: Mesh = "auto",
+    devices: Devices = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts; one prompt streams as it is written."""
+    found = read_texts(prompts, file, "prompts")
+    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    from spmd_infer import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    begin = time.perf_counter()
+    completions = engine.generate(found, params, chat=chat, on_text=None if as_json else _printer(found))
+    seconds = time.perf_counter() - begin
+    new = sum(len(completion.token_ids) for completion in completions)
+
+    if as_json:
+        print_json(
+            {
+                "mesh": str(engine.plan.mesh),
+                "seconds": seconds,
+                "completions": [
+                    {
+                        "prompt": prompt,
+                        "text": completion.text,
+                        "token_ids": completion.token_ids,
+                        "finish_reason": completion.finish_reason,
+                        "prompt_tokens": completion.prompt_tokens,
+                    }
+                    for prompt, completion in zip(found, completions, strict=True)
+                ],
+            }
+        )
+        return
+    if len(found) == 1:
+        typer.echo("")
+    else:
+        for prompt, completion in zip(found, completions, strict=True):
+            typer.echo(f"{prompt}{completion.text}\n")
+    note(f"{new} tokens in {seconds:.2f} s, compiling included")
+
+
+def _printer(prompts: list[str]) -> Callable[[int, str], None] | None:
+    """Writes text as it comes; several prompts would mix, so only for one."""
+    if len(prompts) > 1:
+        return None
+    sys.stdout.write(prompts[0])
+    sys.stdout.flush()
+
+    def write(_: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return write

@@ -1,0 +1,54 @@
+"""``spmd-infer classify``: what is in a picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+
+
+def classify(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Picture files: JPEG, PNG and what else Pillow reads.")],
+    top: Annotated[int, typer.Option(min=1, help="How many labels to show for each picture.")] = 5,
+    mesh: Mesh = "auto",
+    devices: Devices = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Name what pictures show, best guess first."""
+    for image in images:
+        if not image.is_file():
+            raise typer.BadParameter(f"there is no file {image}", param_hint="IMAGES")
+    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    begin = time.perf_counter()
+    answers = engine.classify(images, top=top)
+    seconds = time.perf_counter() - begin
+
+    if as_json:
+        print_json(
+            {
+                "mesh": str(engine.plan.mesh),
+                "seconds": seconds,
+                "images": [
+                    {
+                        "path": str(image),
+                        "labels": [
+                            {"index": label.index, "name": label.name, "score": label.score} for label in labels
+                        ],
+                    }
+                    for image, labels in zip(images, answers, strict=True)
+                ],
+            }
+        )
+        return
+    for image, labels in zip(images, answers, strict=True):
+        typer.echo(str(image))
+        for label in labels:
+            typer.echo(f"  {label.score:7.2%}  {label.index:5d}  {label.name}")
+    note(f"{len(images)} pictures, {seconds:.2f} s, compiling included")
