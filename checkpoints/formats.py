@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from spmd_infer.checkpoints import gguf_header, gguf_reader, safetensors_reader
+from spmd_infer.checkpoints import gguf_header, gguf_reader, safetensors_reader, torch_reader
 from spmd_infer.checkpoints.reader import Reader
 from spmd_infer.errors import CheckpointError, UnknownFormatError
 
@@ -60,6 +60,7 @@ BUILT_IN: tuple[Format, ...] = (
         _detects_safetensors,
         safetensors_reader.SafetensorsReader,
     ),
+    Format("pth", "a PyTorch state dict: .pth, .pt, .bin or .ckpt", torch_reader.is_torch, torch_reader.TorchReader),
 )
 
 

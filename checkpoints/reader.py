@@ -58,33 +58,44 @@ class TensorInfo:
 class Reader(Protocol):
     """An open checkpoint: its tensors are listed without being read, and read slice by slice.
 
-    Attributes:
-        path: what was opened.
-        stored: the format: ``"safetensors"``, ``"gguf"``, ``"pth"``, or a third party's name.
-        folder: the folder in which files that belong to the checkpoint (a tokenizer) lie.
-        tensors: every tensor by name.
-        config: the model's configuration in the terms of a Hugging Face ``config.json``; empty where there is none.
-        architecture: what the checkpoint says the model is; None where it does not.
-        metadata: fields of the file's header beyond the tensors, under the format's own names.
-
     A reader that also has ``fresh_reads = True`` promises that nothing else will ever refer to the memory that ``read``
     returns; a device on the host then takes it over without a copy.
     """
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """What was opened."""
+        ...
+
     @property
-    def stored(self) -> str: ...
+    def stored(self) -> str:
+        """The format: ``"safetensors"``, ``"gguf"``, ``"pth"``, or a third party's name."""
+        ...
+
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """The folder in which files that belong to the checkpoint (a tokenizer) lie."""
+        ...
+
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name."""
+        ...
+
     @property
-    def config(self) -> Mapping[str, Any]: ...
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration in the terms of a Hugging Face ``config.json``; empty where there is none."""
+        ...
+
     @property
-    def architecture(self) -> str | None: ...
+    def architecture(self) -> str | None:
+        """What the checkpoint says the model is; None where it does not say."""
+        ...
+
     @property
-    def metadata(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]:
+        """Fields of the file's header beyond the tensors, under the format's own names."""
+        ...
 
     def read(self, name: str, index: Index | None = None) -> npt.NDArray[Any]:
         """One slice of a tensor.

@@ -112,10 +112,7 @@ class SafetensorsReader:
             if not isinstance(shard, str):
                 raise CheckpointError(f"{file}: tensor {name!r} is mapped to {shard!r}, expected a file name")
             shards.setdefault(shard, []).append(name)
-        missing = []
-        for shard in shards:
-            if not inside(self.folder, shard).is_file():
-                missing.append(shard)
+        missing = [shard for shard in shards if not inside(self.folder, shard).is_file()]
         if missing:
             raise CheckpointError(
                 f"{file}: {len(missing)} of {len(shards)} files that it names are not there: {', '.join(missing[:8])}"
