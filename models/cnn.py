@@ -5,8 +5,9 @@ It is small enough to see what each way of splitting a convolutional network cos
 
 - batch (``batch`` over ``data``, the default): no communication;
 - output channel (``channels`` over ``model``, the default): the second convolution, which has 98 % of the products,
-  is split by output channel. The first one is not, because its output would have to be gathered ([B, 32, 32, 32]); every
-  device computes it whole. The head contracts the split channels: one all-reduce of the logits, 40 bytes an image;
+  is split by output channel. The first one is not, because its output would have to be gathered ([B, 32, 32, 32]):
+  every device computes it whole. The head contracts the split channels: one all-reduce of the logits, 40 bytes an
+  image;
 - input channel (``embed="model", channels=None``): the first convolution is split by output channel and the second
   contracts it: one all-reduce of [B, 32, 32, 64];
 - rows, columns, blocks of the image (``height="seq", width=None``; ``width="seq"``; each over its own mesh axis): a
@@ -126,7 +127,7 @@ class SmallCNN(nnx.Module):
 
 
 def _max_pool(x: jax.Array, size: int) -> jax.Array:
-    """The largest of each ``size`` × ``size`` patch; written as a reshape, which stays on its device under any split."""
+    """The largest of each ``size`` × ``size`` patch, as a reshape: it stays on its device under any split."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // size, size, width // size, size, channels).max(axis=(2, 4))
 

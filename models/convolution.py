@@ -1,9 +1,9 @@
 """The blocks that image models are wired from: convolutions and inference-time batch norm.
 
-Activations are ``[batch, height, width, channels]``, weights ``[height, width, in, out]``, the layout that XLA prefers on
-CPU and GPU. Padding is TensorFlow's "SAME": an output has ``ceil(size / stride)`` rows, and where the padding is odd the
-extra row goes below and to the right. Products accumulate in float32 and are returned so, because a batch norm and an
-activation follow; the caller rounds once after them.
+Activations are ``[batch, height, width, channels]``, weights ``[height, width, in, out]``, the layout that XLA prefers
+on CPU and GPU. Padding is TensorFlow's "SAME": an output has ``ceil(size / stride)`` rows, and where the padding is odd
+the extra row goes below and to the right. Products accumulate in float32 and are returned so, because a batch norm and
+an activation follow; the caller rounds once after them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """EfficientNet-Lite, variants lite0 to lite4: an image classifier of inverted-residual blocks.
 
-Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"; the Lite variants leave out
-squeeze-and-excitation, use ReLU6 in place of swish, and keep the stem, the head, and the number of first and last blocks
-fixed while width and depth scale. Batch norms use the statistics of training; there is no dropout.
+Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks"; the Lite variants leave
+out squeeze-and-excitation, use ReLU6 in place of swish, and keep the stem, the head, and the number of first and last
+blocks fixed while width and depth scale. Batch norms use the statistics of training; there is no dropout.
 
 Split over the model axis, a block is a feed-forward block (Megatron): its expanded channels are split, the depthwise
-convolution works on each device's own channels, and the projection back contracts them, one all-reduce a block. The head's
-channels are split as well; averaged over the image they are gathered (a few kB), and the classes are split.
+convolution works on each device's own channels, and the projection back contracts them, one all-reduce a block. The
+head's channels are split as well; averaged over the image they are gathered (a few kB), and the classes are split.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
-        """Read the keys that Hugging Face uses for EfficientNet: ``width_coefficient``, ``image_size``, ``id2label``, …"""
+        """Read the keys that Hugging Face uses for EfficientNet: ``width_coefficient``, ``image_size``, …."""
         base = cls()
         return cls(
             width=float(config.get("width_coefficient", base.width)),
