@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
+import numpy as np
 from flax import nnx
 
 from spmd_infer.errors import ModelError
@@ -66,6 +67,13 @@ class Family:
         """The model's inputs by argument name."""
         spec: dict[str, InputSpec] = import_module(self.module).input_spec(config)
         return spec
+
+    def cache_bytes(self, config: ModelConfig, dtype: Any) -> int:
+        """Bytes of keys and values that a model of this family keeps for one position of one row; 0 where it keeps none."""
+        if self.task != "generate":
+            return 0
+        sizes: Any = config
+        return int(2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize)
 
     def name_table(self, config: ModelConfig, stored: str) -> dict[str, Source]:
         """Each weight's place in a checkpoint.

@@ -102,6 +102,12 @@ class AxisRules:
         """These rules for a model whose axes have the given numbers of indivisible units."""
         return AxisRules(self.rules, {**self.units, **units})
 
+    def mesh_axis(self, logical: str | None) -> str | None:
+        """The mesh axis that a logical axis is split over; a mesh axis used as a logical name stands for itself."""
+        if logical is None:
+            return None
+        return self.rules.get(logical, logical if logical in MESH_AXES else None)
+
     def resolve(self, axes: Axes, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> Resolved:
         """Lay a tensor of ``shape`` with logical ``axes`` on a mesh of ``mesh_shape``.
 
@@ -116,7 +122,7 @@ class AxisRules:
         taken: dict[str, str] = {}
         replicated: list[tuple[str, int, str, int]] = []
         for logical, size in zip(axes, shape, strict=True):
-            axis = self.rules.get(logical) if logical is not None else None
+            axis = self.mesh_axis(logical)
             parts = mesh_shape.get(axis, 1) if axis is not None else 1
             if logical is None or axis is None or parts == 1:
                 entries.append(None)

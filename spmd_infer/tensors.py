@@ -22,11 +22,13 @@ class InputSpec:
             which the engine pads to a bucket; any other name (``"seq"``) may take any size, one program for each.
         dtype: the dtype that the model expects.
         axes: logical axes, one for each dimension. Defaults to the dimension names, None for fixed sizes.
+        required: whether every batch must have it; only entries of a dict can be left out.
     """
 
     shape: tuple[int | str, ...]
     dtype: npt.DTypeLike
     axes: Axes = ()
+    required: bool = True
 
     def __post_init__(self) -> None:
         if not self.axes:

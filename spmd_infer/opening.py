@@ -1,0 +1,112 @@
+"""From a checkpoint's path to the model in it, without reading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spmd_infer.axes import KV_HEADS, SEQ
+from spmd_infer.checkpoints import Reader, open_checkpoint
+from spmd_infer.errors import CheckpointError, ModelError
+from spmd_infer.functional import ModelFunction, model_function
+from spmd_infer.models import Family, find_family
+from spmd_infer.models.registry import ModelConfig
+from spmd_infer.planning.search import Workload
+from spmd_infer.tensors import InputSpec, Source
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint matched to a model family.
+
+    Attributes:
+        reader: the open checkpoint.
+        family: the family that it belongs to.
+        config: its sizes.
+        model: the model with abstract parameters in the dtypes that they will be loaded in.
+        inputs: what the model takes.
+        table: where each parameter is stored.
+    """
+
+    reader: Reader
+    family: Family
+    config: ModelConfig
+    model: ModelFunction
+    inputs: dict[str, InputSpec]
+    table: dict[str, Source]
+
+    def workload(self, traffic: Workload) -> Workload:
+        """The traffic with the keys and values that this model keeps for it; every row at the length planned for."""
+        largest = max(self.model.params.values(), key=lambda p: p.size)
+        per_position = self.family.cache_bytes(self.config, largest.dtype)
+        return replace(
+            traffic,
+            cache_bytes_per_row=per_position * traffic.sizes.get(SEQ, 0),
+            cache_heads=self.config.axis_units().get(KV_HEADS, 1),
+        )
+
+
+def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu") -> OpenedModel:
+    """Open a checkpoint and find its model.
+
+    Args:
+        path: a Hugging Face folder, or a ``.safetensors``, ``.gguf`` or ``.pth`` file.
+        dtype: load floating-point weights in this dtype. By default they keep the dtype that they are stored in;
+            quantised ones become float32 on CPU and bfloat16 elsewhere.
+        platform: where the weights will live.
+
+    Raises:
+        CheckpointError: the file is damaged, or is not a checkpoint.
+        ModelError: no family answers to it, or the dtype is not a floating-point one.
+    """
+    wanted = None if dtype is None else floating_dtype(dtype)
+    reader = open_checkpoint(path)
+    shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
+    family, config = find_family(reader.architecture, shapes)
+    if config is None:
+        config = family.config_from_hf(reader.config)
+    model = model_function(nnx.eval_shape(lambda: family.build(config)))
+    table = family.name_table(config, reader.stored)
+    unsourced = sorted(model.params.keys() - table.keys())
+    if unsourced:
+        raise CheckpointError(
+            f"{reader.path}: the {family.name} name table has no entry for {len(unsourced)} weights, such as {unsourced[0]}"
+        )
+    quantised = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+
+    def loaded_dtype(name: str, own: Any) -> Any:
+        if not jnp.issubdtype(own, jnp.floating):
+            return own
+        if wanted is not None:
+            return wanted
+        info = reader.tensors.get(table[name].name)
+        if info is None:
+            return own  # the loader names it with all others that are missing
+        return quantised if info.nbytes < info.size * info.dtype.itemsize else info.dtype
+
+    params = {
+        name: jax.ShapeDtypeStruct(value.shape, loaded_dtype(name, value.dtype)) for name, value in model.params.items()
+    }
+    return OpenedModel(
+        reader, family, config, model.with_params(params), family.input_spec(config), {n: table[n] for n in params}
+    )
+
+
+def floating_dtype(dtype: Any) -> Any:
+    """A dtype for weights, from its name or itself.
+
+    Raises:
+        ModelError: it is not a floating-point dtype.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ModelError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16") from error
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ModelError(f"weights cannot be loaded as {found.name}; use float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,1 @@
+"""Choosing a mesh for a model and saying why."""

@@ -1,0 +1,124 @@
+"""The outcome of planning: a mesh, how everything lies on it, what that costs, and what was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spmd_infer.axes import AxisRules
+from spmd_infer.mesh import MeshSpec
+from spmd_infer.planning.hardware import Cluster
+from spmd_infer.planning.layout import WeightLayout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device.
+
+    Attributes:
+        weights: the pieces of the weights that it holds.
+        cache: keys and values of the requests in flight.
+        activations: intermediate results of one step.
+        inputs: the batch and the results.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.cache + self.activations + self.inputs
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds that one step is estimated to take, by what limits it.
+
+    Attributes:
+        compute: arithmetic at the device's peak rate.
+        memory: weights, cache and activations read at the device's bandwidth.
+        collectives: communication that the layout needs.
+    """
+
+    compute: float
+    memory: float
+    collectives: float
+
+    @property
+    def total(self) -> float:
+        """Arithmetic and memory overlap; collectives are added."""
+        return max(self.compute, self.memory) + self.collectives
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One mesh that was looked at.
+
+    Attributes:
+        mesh: its axes and sizes.
+        memory: what it needs on the fullest device.
+        time: what one step is estimated to take; None where no batch is known.
+        collectives: kinds and numbers of collectives a step, in words.
+        rejected: why it was not chosen; empty for the chosen one.
+    """
+
+    mesh: MeshSpec
+    memory: Memory
+    time: StepTime | None
+    collectives: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """How a model is laid over devices, and why.
+
+    Attributes:
+        model: the model's name.
+        cluster: the devices that were planned for.
+        chosen: the mesh and its estimates.
+        candidates: every mesh that was looked at, best first.
+        rules: where each logical axis goes.
+        weights: where each weight goes.
+        workload: the batch that was planned for, in words.
+        given: whether the caller chose the mesh.
+        notes: what the reader should know: whole weights, assumptions.
+    """
+
+    model: str
+    cluster: Cluster
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    rules: AxisRules
+    weights: tuple[WeightLayout, ...]
+    workload: str
+    given: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> MeshSpec:
+        """The chosen mesh."""
+        return self.chosen.mesh
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The chosen mesh over ``devices`` (default: all there are)."""
+        return self.mesh.build(devices)
+
+    def explain(self) -> str:
+        """The plan as a table with the rejected meshes and the reasons, and a picture of one weight on the mesh."""
+        from spmd_infer.planning.explain import explain
+
+        return explain(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for ``--json``."""
+        from spmd_infer.planning.explain import to_dict
+
+        return to_dict(self)

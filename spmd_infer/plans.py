@@ -1,0 +1,72 @@
+"""``spmd_infer.plan``: plan any model for any devices, without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from spmd_infer.axes import SEQ, AxisRules
+from spmd_infer.functional import model_function
+from spmd_infer.mesh import MeshSpec
+from spmd_infer.opening import open_model
+from spmd_infer.planning.hardware import Cluster, found_cluster, parse_cluster
+from spmd_infer.planning.mesh_plan import MeshPlan
+from spmd_infer.planning.search import Workload, make_plan
+from spmd_infer.signature import Signature
+
+
+def plan(
+    model: Any,
+    params: Any = None,
+    *,
+    devices: str | int | Cluster | None = None,
+    hosts: int = 1,
+    batch: int = 8,
+    length: int | None = None,
+    mesh: str | MeshSpec = "auto",
+    dtype: Any = None,
+    example: Any = None,
+    inputs: Any = None,
+    rules: AxisRules | None = None,
+) -> MeshPlan:
+    """How a model would lie on devices, and why.
+
+    Args:
+        model: the path of a checkpoint of a zoo model, or a model as ``Engine`` takes it; abstract parameters will do.
+        params: parameters of a Linen module or function.
+        devices: ``"16xH100"``, a number of simulated CPU devices, or a ``Cluster``; default the devices there are.
+        hosts: how many hosts they are spread over.
+        batch: rows that one step handles.
+        length: tokens in a row, for models of text; default 128.
+        mesh: ``"auto"``, or a mesh to judge.
+        dtype: as for ``Engine.load``.
+        example: a batch of a model of your own, from which its inputs are learnt.
+        inputs: a pytree of ``InputSpec`` instead.
+        rules: where logical axes go.
+
+    Raises:
+        PlanError: the devices are unknown, or no mesh works; ``DoesNotFitError`` where memory is what is missing.
+    """
+    cluster = _cluster(devices, hosts)
+    workload = Workload(rows=batch, sizes={SEQ: length or 128})
+    spec = None if mesh == "auto" else MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
+    if isinstance(model, str | Path):
+        opened = open_model(model, dtype, platform="cpu" if cluster.device.shared else cluster.device.name)
+        function, inputs = opened.model, opened.inputs
+        rules = (rules or AxisRules()).with_units(opened.config.axis_units())
+        workload = opened.workload(workload)
+    else:
+        function = model_function(model, params)
+        if example is not None and inputs is None:
+            inputs = Signature.from_example(example).inputs
+    return make_plan(function, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec)
+
+
+def _cluster(devices: str | int | Cluster | None, hosts: int) -> Cluster:
+    if isinstance(devices, Cluster):
+        return devices
+    if devices is None:
+        return found_cluster(jax.devices())
+    return parse_cluster(str(devices), hosts)

@@ -1,0 +1,132 @@
+"""Compiled programs: one for each function and set of input shapes, compiled once, counted, reused."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from spmd_infer.axes import AxisRules, axis_scope
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program.
+
+    Attributes:
+        name: what it computes.
+        compiled: the executable; call it with the arguments it was lowered for.
+        seconds: how long tracing and compiling took.
+    """
+
+    name: str
+    compiled: jax.stages.Compiled
+    seconds: float
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Scratch memory per device while it runs, as XLA planned it; 0 where the backend does not say."""
+        analysis = self.compiled.memory_analysis()
+        return int(getattr(analysis, "temp_size_in_bytes", 0) or 0)
+
+
+@dataclass
+class Programs:
+    """The programs of one engine. Safe to use from several threads: each program is compiled by one of them.
+
+    Attributes:
+        mesh: the devices that programs run on.
+        rules: how logical axes lie on it while programs are traced.
+    """
+
+    mesh: Mesh
+    rules: AxisRules
+    _programs: dict[Hashable, Future[Program]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def compiles(self) -> int:
+        """How many programs have been compiled."""
+        return sum(1 for future in list(self._programs.values()) if future.done() and not future.exception())
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling, summed over programs."""
+        return sum(program.seconds for program in self.finished())
+
+    def finished(self) -> list[Program]:
+        """The programs compiled so far."""
+        return [f.result() for f in list(self._programs.values()) if f.done() and not f.exception()]
+
+    def find(self, key: Hashable) -> Program | None:
+        """The program for ``key`` if it has been compiled."""
+        future = self._programs.get(key)
+        return future.result() if future is not None else None
+
+    def get(
+        self,
+        key: Hashable,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        name: str,
+        in_shardings: Any = None,
+        out_shardings: Any = None,
+        donate: tuple[int, ...] = (),
+    ) -> Program:
+        """The program for ``key``, compiled now if it is new.
+
+        Args:
+            key: names function, shapes, dtypes and shardings.
+            fn: traced inside the axis scope.
+            args: what to lower for: arrays or ``jax.ShapeDtypeStruct``.
+            name: for messages.
+            in_shardings: a pytree prefix of shardings for ``args``; None takes them from the arrays.
+            out_shardings: likewise for the results; None lets XLA choose.
+            donate: positions in ``args`` whose buffers the program may reuse.
+        """
+        future = self._programs.get(key)
+        if future is not None:
+            return future.result()
+        with self._lock:
+            future = self._programs.get(key)
+            mine = future is None
+            if future is None:
+                future = self._programs[key] = Future()
+        if mine:
+            try:
+                future.set_result(self._compile(fn, args, name, in_shardings, out_shardings, donate))
+            except BaseException as error:
+                del self._programs[key]  # a program that failed to compile may be tried again
+                future.set_exception(error)
+        return future.result()
+
+    def _compile(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        name: str,
+        in_shardings: Any,
+        out_shardings: Any,
+        donate: tuple[int, ...],
+    ) -> Program:
+        started = time.perf_counter()
+
+        def traced(*values: Any) -> Any:
+            with axis_scope(self.rules, self.mesh):
+                return fn(*values)
+
+        traced.__name__ = name
+        options: dict[str, Any] = {}
+        if in_shardings is not None:
+            options["in_shardings"] = in_shardings
+        if out_shardings is not None:
+            options["out_shardings"] = out_shardings
+        compiled = jax.jit(traced, donate_argnums=donate, **options).lower(*args).compile()
+        return Program(name, compiled, time.perf_counter() - started)
