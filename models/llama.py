@@ -38,18 +38,21 @@ class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the pretraining's.
 
     Attributes:
-        kind: ``linear`` (Chen et al. 2023) or ``llama3`` (Dubey et al. 2024).
+        kind: ``linear`` (Chen et al. 2023), ``llama3`` (Dubey et al. 2024), or ``frequency_factors`` (as llama.cpp stores
+            the latter: one divisor for each frequency).
         factor: how many times slower the stretched frequencies turn.
         low_freq_factor: llama3: waves longer than ``original_context_len / low_freq_factor`` are stretched in full.
         high_freq_factor: llama3: waves shorter than ``original_context_len / high_freq_factor`` are left alone.
         original_context_len: llama3: the context of the pretraining.
+        factors: frequency_factors: the divisors, ``H / 2`` of them.
     """
 
     kind: str
-    factor: float
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context_len: int = 8192
+    factors: tuple[float, ...] = ()
 
     @classmethod
     def from_hf(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
@@ -71,6 +74,8 @@ class RopeScaling:
                 float(scaling["high_freq_factor"]),
                 int(scaling["original_max_position_embeddings"]),
             )
+        if kind == "frequency_factors":
+            return cls(kind, factors=tuple(float(factor) for factor in scaling["factors"]))
         raise ModelError(f"rope scaling of kind {kind!r} is not implemented; known are default, linear and llama3")
 
 
@@ -98,6 +103,9 @@ class Config:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly")
         if self.head_dim % 2:
             raise ModelError(f"rotary positions need an even head dimension, not {self.head_dim}")
+        factors = self.rope_scaling.factors if self.rope_scaling is not None else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise ModelError(f"{len(factors)} rope frequency factors for {self.head_dim // 2} frequencies")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
@@ -160,6 +168,8 @@ def rope_frequencies(config: Config) -> npt.NDArray[np.float32]:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)
+    if scaling.kind == "frequency_factors":
+        return (frequencies / np.array(scaling.factors)).astype(np.float32)
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
     turns = scaling.original_context_len * frequencies / (2 * math.pi)  # of each wave within the pretraining's context
