@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spmd_infer.checkpoints.file_bytes import FileBytes
-from spmd_infer.checkpoints.torch_pickle import Storage, TensorRecord, entries, read_pickle
+from spmd_infer.checkpoints.torch_pickle import entries, read_pickle
+from spmd_infer.checkpoints.torch_records import Storage, TensorRecord
 from spmd_infer.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"

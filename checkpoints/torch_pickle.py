@@ -13,10 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from spmd_infer.checkpoints.torch_records import (
+    ALLOWED,
+    ORDERED,
+    REBUILD,
+    REBUILD_PARAMETER,
+    REBUILD_V2,
+    REBUILD_V3,
+    SIZE,
+    STORAGE_DTYPES,
+    TORCH_DTYPES,
+    Name,
+    Storage,
+    TensorRecord,
+)
 from spmd_infer.errors import CheckpointError
 
 _MOST_OPCODES = 4_000_000  # some 36 a tensor
@@ -38,47 +50,6 @@ class Stream(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Name:
-    """A global that the pickle refers to, from the allow-list."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A run of elements that tensors are views of.
-
-    Attributes:
-        key: which of the file's storages.
-        dtype: the elements' dtype; None where each tensor says it (untyped storages count in bytes).
-        size: how many elements (bytes of an untyped storage).
-        kind: the storage's class.
-        view_of: for a view of another storage in old files, the first element and the number of elements of that one.
-    """
-
-    key: str
-    dtype: np.dtype[Any] | None
-    size: int
-    kind: str
-    view_of: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor: a strided view of a storage. Offset and strides count elements."""
-
-    storage: Storage
-    dtype: np.dtype[Any]
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 @dataclass
 class _Ordered:
     """A ``collections.OrderedDict``, on which BUILD may set attributes (module versions), which are dropped."""
@@ -86,55 +57,6 @@ class _Ordered:
     items: dict[Any, Any]
 
 
-_STORAGE_DTYPES: Mapping[str, npt.DTypeLike | None] = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-    "ComplexFloatStorage": np.complex64,
-    "ComplexDoubleStorage": np.complex128,
-    "UntypedStorage": None,
-}
-_TORCH_DTYPES: Mapping[str, npt.DTypeLike] = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-    "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-    "float8_e5m2": ml_dtypes.float8_e5m2,
-    "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-    "int64": np.int64,
-    "int32": np.int32,
-    "int16": np.int16,
-    "int8": np.int8,
-    "uint64": np.uint64,
-    "uint32": np.uint32,
-    "uint16": np.uint16,
-    "uint8": np.uint8,
-    "bool": np.bool_,
-    "complex64": np.complex64,
-    "complex128": np.complex128,
-}
-_ORDERED = Name("collections", "OrderedDict")
-_REBUILD = Name("torch._utils", "_rebuild_tensor")
-_REBUILD_V2 = Name("torch._utils", "_rebuild_tensor_v2")
-_REBUILD_V3 = Name("torch._utils", "_rebuild_tensor_v3")
-_REBUILD_PARAMETER = Name("torch._utils", "_rebuild_parameter")
-_SIZE = Name("torch", "Size")
-_ALLOWED = frozenset(
-    {_ORDERED, _REBUILD, _REBUILD_V2, _REBUILD_V3, _REBUILD_PARAMETER, _SIZE}
-    | {Name("torch", kind) for kind in _STORAGE_DTYPES}
-    | {Name("torch.storage", "UntypedStorage")}
-    | {Name("torch", dtype) for dtype in _TORCH_DTYPES}
-)
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTIES: Mapping[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
@@ -163,7 +85,7 @@ def read_pickle(stream: Stream, path: Path) -> Any:
     """
     machine = _Machine(path)
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(cast(IO[bytes], stream))):
+        for count, (opcode, argument, position) in enumerate(pickletools.genops(cast("IO[bytes]", stream))):
             if opcode.name == "STOP":
                 return _plain(machine.pop())
             if count > _MOST_OPCODES:
@@ -287,7 +209,7 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise self.refuse("refers to a global that is not named by strings", position)
         wanted = Name(module, name)
-        if wanted not in _ALLOWED:
+        if wanted not in ALLOWED:
             raise self.refuse(f"refers to {str(wanted)[:200]!r}, which is not on the list of what is read", position)
         self._stack.append(wanted)
 
@@ -295,7 +217,7 @@ class _Machine:
         if not isinstance(record, tuple) or len(record) not in (5, 6) or record[0] != "storage":
             raise self.refuse("has a persistent id that is not a tensor's storage", position)
         _, kind, key, _location, size = record[:5]
-        if not isinstance(kind, Name) or kind.name not in _STORAGE_DTYPES:
+        if not isinstance(kind, Name) or kind.name not in STORAGE_DTYPES:
             raise self.refuse(f"has a storage of unknown type {kind!s:.100}", position)
         if not isinstance(key, str) or not _is_count(size):
             raise ValueError("a storage has no key or no size")
@@ -307,28 +229,28 @@ class _Machine:
             view_of = (view[1], view[2])
             if view[1] + view[2] > size:
                 raise ValueError(f"a view of {view[2]} elements from {view[1]} on leaves its storage of {size}")
-        dtype = _STORAGE_DTYPES[kind.name]
+        dtype = STORAGE_DTYPES[kind.name]
         return Storage(key, None if dtype is None else np.dtype(dtype), size, kind.name, view_of)
 
     def _reduce(self, called: Any, arguments: Any, position: int | None) -> Any:
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
             raise self.refuse("calls something that is not a named function (REDUCE)", position)
-        if called == _ORDERED:
+        if called == ORDERED:
             return _ordered(arguments)
-        if called == _REBUILD_PARAMETER:
+        if called == REBUILD_PARAMETER:
             if not arguments or not isinstance(arguments[0], TensorRecord):
                 raise ValueError("a parameter is made of something that is not a tensor")
             return arguments[0]
-        if called == _SIZE:
+        if called == SIZE:
             (sizes,) = arguments
             return tuple(sizes)
-        if called in (_REBUILD, _REBUILD_V2):
+        if called in (REBUILD, REBUILD_V2):
             return _tensor(arguments[0], arguments[0].dtype, *arguments[1:4])
-        if called == _REBUILD_V3:
+        if called == REBUILD_V3:
             dtype = arguments[6]
-            if not isinstance(dtype, Name) or dtype.name not in _TORCH_DTYPES:
+            if not isinstance(dtype, Name) or dtype.name not in TORCH_DTYPES:
                 raise ValueError("a tensor has an unknown dtype")
-            return _tensor(arguments[0], np.dtype(_TORCH_DTYPES[dtype.name]), *arguments[1:4])
+            return _tensor(arguments[0], np.dtype(TORCH_DTYPES[dtype.name]), *arguments[1:4])
         raise self.refuse(f"calls {called} (REDUCE)", position)
 
 

@@ -21,7 +21,8 @@ from spmd_infer.checkpoints.reader import (
     read_config,
 )
 from spmd_infer.checkpoints.torch_containers import LEGACY_MAGIC, ZIP_MAGIC, Run, open_legacy, open_zip
-from spmd_infer.checkpoints.torch_pickle import TensorRecord, entries
+from spmd_infer.checkpoints.torch_pickle import entries
+from spmd_infer.checkpoints.torch_records import TensorRecord
 from spmd_infer.errors import CheckpointError
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -113,7 +114,8 @@ def _dense_order(record: TensorRecord) -> tuple[int, ...] | None:
 def _state_dict(value: Any, path: Path) -> dict[str, TensorRecord]:
     top = entries(value)
     if top is None:
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a state dict of tensors by name")
+        kind = "a lone tensor" if isinstance(value, TensorRecord) else f"a {type(value).__name__}"
+        raise CheckpointError(f"{path}: holds {kind}, expected a state dict of tensors by name")
     candidates = {key: _tensors_of(inner) for key, inner in top.items() if isinstance(key, str) and _tensors_of(inner)}
     for key in _WRAPPERS:
         if key in candidates:
