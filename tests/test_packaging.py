@@ -1,5 +1,6 @@
 """What is installed is what stands here, and ``models`` and ``checkpoints`` are reached under one name only."""
 
+import os
 import re
 import subprocess
 import sys
@@ -41,14 +42,13 @@ def test_links_are_relative(name: str) -> None:
 
 
 def test_every_package_is_listed() -> None:
-    found = subprocess.run(
-        ["find", "spmd_infer", "models", "checkpoints", "-name", "__init__.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    folders = {Path(path).parent for path in found}
+    folders = {
+        Path(folder).relative_to(ROOT)
+        for top in ("spmd_infer", "models", "checkpoints")
+        for folder, _, files in os.walk(ROOT / top)
+        if any(name.endswith(".py") for name in files)
+    }
+    assert [folder for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
     named = {
         ".".join(folder.parts) if folder.parts[0] == "spmd_infer" else ".".join(("spmd_infer", *folder.parts))
         for folder in folders

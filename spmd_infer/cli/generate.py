@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
 from spmd_infer.cli.reading import read_texts
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def generate(
     if as_json:
         print_json(
             {
-                "mesh": str(engine.plan.mesh),
-                "seconds": seconds,
+                **run_facts(engine, seconds),
                 "completions": [
                     {
                         "prompt": prompt,
@@ -76,7 +75,7 @@ def generate(
     else:
         for prompt, completion in zip(found, completions, strict=True):
             typer.echo(f"{prompt}{completion.text}\n")
-    note(f"{new} tokens in {seconds:.2f} s, compiling included")
+    note(f"{new} tokens: {timing(engine, seconds)}")
 
 
 def _printer(prompts: list[str]) -> Callable[[int, str], None] | None:

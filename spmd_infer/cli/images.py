@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
 
 
 def classify(
@@ -33,8 +33,7 @@ def classify(
     if as_json:
         print_json(
             {
-                "mesh": str(engine.plan.mesh),
-                "seconds": seconds,
+                **run_facts(engine, seconds),
                 "images": [
                     {
                         "path": str(image),
@@ -50,5 +49,5 @@ def classify(
     for image, labels in zip(images, answers, strict=True):
         typer.echo(str(image))
         for label in labels:
-            typer.echo(f"  {label.score:7.2%}  {label.index:5d}  {label.name}")
-    note(f"{len(images)} pictures, {seconds:.2f} s, compiling included")
+            typer.echo(f"  {label.score:7.2%}  {label.index:5d}  {label.name or ''}".rstrip())
+    note(f"{len(images)} pictures, {timing(engine, seconds)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
 from spmd_infer.errors import BatchError
 
 if TYPE_CHECKING:
@@ -50,14 +50,11 @@ def infer(
         write_npz(output, results)
     rows = {name: summary(array) for name, array in results.items()}
     if as_json:
-        print_json(
-            {"mesh": str(engine.plan.mesh), "seconds": seconds, "compiles": engine.compiles, "outputs": rows}
-            | ({"written": str(output)} if output else {})
-        )
+        print_json({**run_facts(engine, seconds), "outputs": rows} | ({"written": str(output)} if output else {}))
         return
     for name, row in rows.items():
         typer.echo("  ".join([name, row["dtype"], str(row["shape"]), *_range(row)]))
-    note(f"{seconds:.2f} s, compiling included" + (f"; written to {output}" if output else ""))
+    note(f"{timing(engine, seconds)}" + (f"; written to {output}" if output else ""))
 
 
 def read_batch(path: Path, engine: Engine) -> dict[str, Array]:
@@ -75,13 +72,16 @@ def read_batch(path: Path, engine: Engine) -> dict[str, Array]:
                 return {name: loaded[name] for name in loaded.files}
     except (ValueError, EOFError) as error:
         raise BatchError(f"{path} does not hold plain arrays in NumPy's .npz or .npy format: {error}") from error
-    names = list(engine.input_names)
-    if len(names) != 1:
+    assert engine.family is not None
+    assert engine.config is not None
+    inputs = engine.family.input_spec(engine.config)
+    needed = [name for name, spec in inputs.items() if spec.required]
+    if len(needed) != 1:
         raise BatchError(
-            f"{path} holds one array, but the model takes {len(names)} inputs: {', '.join(names)}; "
+            f"{path} holds one array, but the model needs {len(needed)} inputs: {', '.join(needed)}; "
             "give a .npz file with an array of each name"
         )
-    return {names[0]: loaded}
+    return {needed[0]: loaded}
 
 
 def flatten(tree: Any) -> dict[str, Array]:

@@ -97,6 +97,22 @@ def load(model: str, mesh: str, devices: int | None, dtype: str | None, *, quiet
     return engine
 
 
+def run_facts(engine: Engine, seconds: float) -> dict[str, Any]:
+    """What every verb's JSON says of a run that took ``seconds``, compiling included."""
+    return {
+        "mesh": engine.plan.mesh.shape,
+        "seconds": seconds,
+        "compiles": engine.compiles,
+        "compile_seconds": engine.compile_seconds,
+    }
+
+
+def timing(engine: Engine, seconds: float) -> str:
+    """How long a run took, compiling apart."""
+    compiling = min(engine.compile_seconds, seconds)
+    return f"{seconds - compiling:.2f} s, and {compiling:.2f} s to compile {engine.compiles} programs"
+
+
 def note(message: str) -> None:
     """Say something to the person, on standard error so that results can be piped."""
     print(message, file=sys.stderr, flush=True)

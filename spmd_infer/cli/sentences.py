@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json
+from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
 from spmd_infer.cli.reading import read_texts
 
 
@@ -56,7 +56,7 @@ def embed(
             for index, text in enumerate(found)
         ]
         print_json(
-            {"mesh": str(engine.plan.mesh), "seconds": seconds, "width": int(vectors.shape[1]), "texts": rows}
+            {**run_facts(engine, seconds), "width": int(vectors.shape[1]), "texts": rows}
             | ({"written": str(output)} if output else {})
         )
         return
@@ -67,6 +67,6 @@ def embed(
         for text, vector in zip(found, vectors, strict=True):
             typer.echo(" ".join(f"{value:.6f}" for value in vector) + f"\t{text}")
     note(
-        f"{len(found)} texts, {vectors.shape[1]} wide, {seconds:.2f} s, compiling included"
+        f"{len(found)} texts, {vectors.shape[1]} wide, {timing(engine, seconds)}"
         + (f"; written to {output}" if output else "")
     )

@@ -121,12 +121,14 @@ def test_an_option_beats_the_environment_beats_the_file_beats_the_default(tmp_pa
     file.write_text("mesh: data=5\nplan:\n  devices: 5\n")
     chosen = ["plan", "demo:minilm", "--json"]
 
-    def mesh(*before: str, after: tuple[str, ...] = (), **environment: str) -> str:
+    def size(*before: str, after: tuple[str, ...] = (), **environment: str) -> int:
         answer = run(*before, *chosen, *after, **environment)
         assert answer.returncode == 0, answer.stderr
-        return str(json.loads(answer.stdout)["mesh"])
+        mesh = json.loads(answer.stdout)["mesh"]
+        assert set(mesh) == {"data"}
+        return int(mesh["data"])
 
     config = ("--config", str(file))
-    assert mesh(*config) == "data=5"
-    assert mesh(*config, SPMD_INFER_MESH="data=4", SPMD_INFER_DEVICES="4") == "data=4"
-    assert mesh(*config, after=("--mesh", "data=2", "--devices", "2"), SPMD_INFER_MESH="data=4") == "data=2"
+    assert size(*config) == 5
+    assert size(*config, SPMD_INFER_MESH="data=4", SPMD_INFER_DEVICES="4") == 4
+    assert size(*config, after=("--mesh", "data=2", "--devices", "2"), SPMD_INFER_MESH="data=4") == 2
