@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -262,22 +262,30 @@ class Bert(nnx.Module):
         return {"last_hidden_state": x}
 
     def embed(
-        self, input_ids: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, *, segments: int
+        self,
+        input_ids: jax.Array,
+        position_ids: jax.Array,
+        segment_ids: jax.Array,
+        *,
+        segments: int,
+        pooling: Literal["mean", "first"] = "mean",
     ) -> jax.Array:
-        """Mean over the tokens of each packed sentence, on the device, so that only the means are transferred.
+        """One vector for each packed sentence, pooled on the device so that only these are transferred.
 
         Args:
             input_ids: token ids ``[B, T]``.
             position_ids: each token's place in its sentence.
             segment_ids: sentence of each token in its row, from 1; 0 is padding.
             segments: the most sentences that a row holds.
+            pooling: the mean over a sentence's tokens, or its first token (``[CLS]``).
 
         Returns:
             Float32 ``[B, segments, D]``; zeros where a row has no such sentence.
         """
         hidden = self(input_ids, position_ids=position_ids, segment_ids=segment_ids)["last_hidden_state"]
         wanted = jnp.arange(1, segments + 1, dtype=segment_ids.dtype)
-        member = (segment_ids[:, None, :] == wanted[None, :, None]).astype(hidden.dtype)  # [B, segments, T]
+        counted = segment_ids if pooling == "mean" else jnp.where(position_ids == 0, segment_ids, 0)
+        member = (counted[:, None, :] == wanted[None, :, None]).astype(hidden.dtype)  # [B, segments, T]
         total = jnp.einsum("bgt,btd->bgd", member, hidden, preferred_element_type=jnp.float32)
         count = jnp.sum(member, axis=-1, keepdims=True, dtype=jnp.float32)
         return constrain(total / jnp.maximum(count, 1.0), BATCH, None, EMBED)

@@ -1,7 +1,7 @@
 """Equal work for every shard: packing texts into rows, and dealing rows to shards.
 
 All shards of a program compute the same number of slots, so what is lost is padding. Texts of different lengths are
-laid side by side in rows of one length, which a block-diagonal attention mask keeps apart. The heaviest text goes first,
+laid side by side in rows of one length, which a block-diagonal attention mask keeps apart. The heaviest goes first,
 each to the row with the fewest tokens (longest processing time first, Graham 1969), which levels rows and shards alike.
 """
 
