@@ -1,0 +1,76 @@
+"""How likely a model finds given tokens: log-probabilities, and from them perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spmd_infer.axes import BATCH, SEQ
+from spmd_infer.batching import Buckets
+from spmd_infer.errors import TaskError
+from spmd_infer.generation.steps import token_logprobs
+
+if TYPE_CHECKING:
+    from spmd_infer.engine import Engine
+
+_MOST_ROWS = 8
+_SMALLEST_LEN = 32
+
+
+class Scorer:
+    """Scores token sequences with one engine.
+
+    Args:
+        engine: holds a decoder.
+        config: the decoder's sizes: ``vocab_size`` and ``context_len``.
+    """
+
+    def __init__(self, engine: Engine, config: Any) -> None:
+        self._engine = engine
+        self._config = config
+        self._score = engine.jit("score", token_logprobs, out_axes=(BATCH, SEQ))
+
+    def __call__(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+        """Log-probability of every token after the first, given those before it.
+
+        Args:
+            sequences: token ids; each sequence is scored on its own.
+
+        Returns:
+            For each sequence of T tokens, ``[T - 1]`` numbers. A text's perplexity is ``exp(-mean)`` of them.
+
+        Raises:
+            TaskError: a sequence has fewer than two tokens, one outside the vocabulary, or more than the context holds.
+        """
+        for index, ids in enumerate(sequences):
+            self._check(index, ids)
+        order = sorted(range(len(sequences)), key=lambda index: (-len(sequences[index]), index))
+        results: dict[int, npt.NDArray[np.float32]] = {}
+        for start, stop, bucket in Buckets.default(self._engine.data_parts, _MOST_ROWS).split(len(order)):
+            taken = order[start:stop]
+            length = _SMALLEST_LEN
+            while length < len(sequences[taken[0]]):
+                length *= 2
+            ids = np.zeros((bucket, length), np.int32)
+            for line, index in zip(ids, taken, strict=False):
+                line[: len(sequences[index])] = sequences[index]
+            scores = np.asarray(self._score(self._engine.place(ids, (BATCH, SEQ))))
+            for line, index in zip(scores, taken, strict=False):
+                results[index] = line[: len(sequences[index]) - 1]
+        return [results[index] for index in range(len(sequences))]
+
+    def _check(self, index: int, ids: Sequence[int]) -> None:
+        if len(ids) < 2:
+            raise TaskError(f"sequence {index} has {len(ids)} tokens; scoring needs at least 2, the first is given")
+        if len(ids) > self._config.context_len:
+            raise TaskError(
+                f"sequence {index} has {len(ids)} tokens, but the model's context is {self._config.context_len}; cut it"
+            )
+        outside = next((token for token in ids if not 0 <= token < self._config.vocab_size), None)
+        if outside is not None:
+            raise TaskError(
+                f"sequence {index} has token id {outside}; the vocabulary has ids 0 to {self._config.vocab_size - 1}"
+            )
