@@ -67,10 +67,9 @@ class ContiguousCache:
 
     def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
         """See ``LayerCache``."""
-
         # One scatter with a position for each written number of the keys and each written row of the values. With a
-        # position for each row of the batch alone, a batch of one becomes a slice update that XLA on CPU fuses into both
-        # readers, which costs four copies of the whole cache.
+        # position for each row of the batch alone, a batch of one becomes a slice update, which XLA on CPU fuses into
+        # both of its readers at the cost of four copies of the whole cache.
         keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
         by_number = jnp.broadcast_to(positions[:, None, None], keys.shape)
         by_row = jnp.broadcast_to(positions[:, None], values.shape[:2])

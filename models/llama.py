@@ -38,8 +38,8 @@ class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the pretraining's.
 
     Attributes:
-        kind: ``linear`` (Chen et al. 2023), ``llama3`` (Dubey et al. 2024), or ``frequency_factors`` (as llama.cpp stores
-            the latter: one divisor for each frequency).
+        kind: ``linear`` (Chen et al. 2023), ``llama3`` (Dubey et al. 2024), or ``frequency_factors`` (one divisor for
+            each frequency, as llama.cpp stores the latter).
         factor: how many times slower the stretched frequencies turn.
         low_freq_factor: llama3: waves longer than ``original_context_len / low_freq_factor`` are stretched in full.
         high_freq_factor: llama3: waves shorter than ``original_context_len / high_freq_factor`` are left alone.
@@ -56,7 +56,7 @@ class RopeScaling:
 
     @classmethod
     def from_hf(cls, scaling: Mapping[str, Any] | None) -> RopeScaling | None:
-        """Read ``rope_scaling`` or ``rope_parameters`` of a Hugging Face config; None where positions are not stretched.
+        """Read ``rope_scaling`` or ``rope_parameters`` of a Hugging Face config; None where nothing is stretched.
 
         Raises:
             ModelError: a kind of scaling that is not implemented.
@@ -164,7 +164,7 @@ def input_spec(config: Config) -> dict[str, InputSpec]:
 def rope_frequencies(config: Config) -> npt.NDArray[np.float32]:
     """Radians per position of each pair of a head's dimensions, ``[H / 2]`` (Su et al. 2021)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
+    frequencies: npt.NDArray[np.float64] = config.rope_theta**-exponents
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)

@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
+from jax.typing import DTypeLike
 
 from spmd_infer.axes import BATCH
 from spmd_infer.errors import TaskError
@@ -48,13 +48,12 @@ class KVCache:
     lengths: jax.Array
 
     @classmethod
-    def zeros(cls, sizes: CacheSizes, batch: int, length: int, dtype: npt.DTypeLike) -> KVCache:
+    def zeros(cls, sizes: CacheSizes, batch: int, length: int, dtype: DTypeLike) -> KVCache:
         """An empty cache with room for ``length`` positions in each of ``batch`` rows; called while tracing."""
         key_shape = (batch, sizes.num_kv_heads, sizes.head_dim, length)
         value_shape = (batch, sizes.num_kv_heads, length, sizes.head_dim)
         layers = tuple(
-            ContiguousCache(jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype))
-            for _ in range(sizes.num_layers)
+            ContiguousCache(jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype)) for _ in range(sizes.num_layers)
         )
         return cls(layers, jnp.zeros((batch,), jnp.int32))
 
@@ -75,7 +74,7 @@ def _layer_axes(keys: Axes, values: Axes) -> ContiguousCache:
     return ContiguousCache(keys, values)  # type: ignore[arg-type]  # a tree of axes, not of arrays
 
 
-def cache_dtype(platform: str, compute: npt.DTypeLike) -> np.dtype[np.generic]:
+def cache_dtype(platform: str, compute: DTypeLike) -> np.dtype[np.generic]:
     """The dtype that keys and values are kept in.
 
     The compute dtype, but float32 on CPU whatever it is: XLA there widens a whole 16-bit buffer to update one position.
@@ -83,7 +82,7 @@ def cache_dtype(platform: str, compute: npt.DTypeLike) -> np.dtype[np.generic]:
     return np.dtype(np.float32) if platform == "cpu" else np.dtype(compute)
 
 
-def bytes_per_token(sizes: CacheSizes, dtype: npt.DTypeLike = np.float32) -> int:
+def bytes_per_token(sizes: CacheSizes, dtype: DTypeLike = np.float32) -> int:
     """Bytes of keys and values that one position of one row takes, on all devices together."""
     return 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize
 

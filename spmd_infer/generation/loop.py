@@ -94,7 +94,7 @@ class DecodeLoop:
                     del running[row]
 
         tokens, cache = self._prefill(group.capacity)(place(group.input_ids(), (BATCH, SEQ)), lengths, sampling)
-        # The first tokens are read at once: they are awaited most, and often the decode program is still to be compiled.
+        # The first tokens are read at once: they are awaited most, and the decode program may still be to compile.
         read(tokens)
         most = max(request.params.max_tokens for request in running.values()) if running else 0
         unread: jax.Array | None = None

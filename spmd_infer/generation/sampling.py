@@ -53,7 +53,8 @@ class SamplingParams:
     ignore_eos: bool = field(default=False)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given: object = self.stop  # a lone string is taken for one stop string
+        stop = (given,) if isinstance(given, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _whole("max_tokens", self.max_tokens, 1)
@@ -169,7 +170,8 @@ def sample(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax
         ``[B]`` int32 token ids.
     """
     logits = jax.lax.cond(sampling.forbids, _forbid_ends, lambda x, *_: x, logits, sampling, steps)
-    return jax.lax.cond(sampling.draws, _draw, lambda x, *_: _likeliest(x), logits, sampling, steps)
+    tokens: jax.Array = jax.lax.cond(sampling.draws, _draw, lambda x, *_: _likeliest(x), logits, sampling, steps)
+    return tokens
 
 
 def _likeliest(logits: jax.Array) -> jax.Array:
@@ -191,9 +193,7 @@ def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.
     logits = constrain(logits, BATCH, None)
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
-    scaled = jax.lax.cond(
-        sampling.filters, _filter, lambda x, *_: x, scaled, sampling.top_k, sampling.top_p
-    )
+    scaled = jax.lax.cond(sampling.filters, _filter, lambda x, *_: x, scaled, sampling.top_k, sampling.top_p)
 
     def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
@@ -231,7 +231,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 def _threshold(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
     """For each row the largest t with ``sum(weights where order >= t) >= wanted``, as ``[B]`` uint32."""
 
-    def refine(index: int, found: jax.Array) -> jax.Array:
+    def refine(index: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
         mass = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0.0), axis=-1)
         return jnp.where(mass >= wanted, candidate, found)

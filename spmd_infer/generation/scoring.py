@@ -54,10 +54,10 @@ class Scorer:
             length = _SMALLEST_LEN
             while length < len(sequences[taken[0]]):
                 length *= 2
-            ids = np.zeros((bucket, length), np.int32)
-            for line, index in zip(ids, taken, strict=False):
+            batch = np.zeros((bucket, length), np.int32)
+            for line, index in zip(batch, taken, strict=False):
                 line[: len(sequences[index])] = sequences[index]
-            scores = np.asarray(self._score(self._engine.place(ids, (BATCH, SEQ))))
+            scores = np.asarray(self._score(self._engine.place(batch, (BATCH, SEQ))))
             for line, index in zip(scores, taken, strict=False):
                 results[index] = line[: len(sequences[index]) - 1]
         return [results[index] for index in range(len(sequences))]

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy.typing as npt
+from jax.typing import DTypeLike
 
 from spmd_infer.axes import BATCH, SEQ, VOCAB, constrain
 from spmd_infer.generation.cache import CacheSizes, KVCache
@@ -50,7 +50,7 @@ def prefill(
     sampling: SamplingArrays,
     *,
     capacity: int,
-    dtype: npt.DTypeLike,
+    dtype: DTypeLike,
 ) -> tuple[jax.Array, KVCache]:
     """Run prompts and choose the first token of each.
 

@@ -124,8 +124,8 @@ class Generate:
                 of several, each a mapping with ``role`` and ``content``.
             params: how to continue them, for all or for each; greedy by default.
             chat: take each text as a user's message.
-            on_text: called with a prompt's index and the next piece of its text, as soon as the piece is certain. Pieces
-                of one prompt come in order and add up to its text; those of several prompts mix.
+            on_text: called with a prompt's index and the next piece of its text, as soon as the piece is certain. The
+                pieces of one prompt come in order and add up to its text; those of several prompts mix.
 
         Returns:
             One completion for each prompt, in order.
@@ -154,9 +154,7 @@ class Generate:
 
         self._loop.run(requests, accept)
         compiled = self._engine.compile_seconds - compiling
-        return [
-            _completion(writers[r.index], r, started, compiled, groups[r.index].imbalance) for r in requests
-        ]
+        return [_completion(writers[r.index], r, started, compiled, groups[r.index].imbalance) for r in requests]
 
     def score(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every token after the first, for texts or token ids.
@@ -215,7 +213,9 @@ def _each_params(params: SamplingParams | Sequence[SamplingParams] | None, count
     if isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise TaskError(f"there are {count} prompts but {len(params)} sampling parameters; give one for all, or one each")
+        raise TaskError(
+            f"there are {count} prompts but {len(params)} sampling parameters; give one for all, or one each"
+        )
     return list(params)
 
 
