@@ -18,6 +18,12 @@ _INSTRUCTION = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<sta
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[(?P<sizes>[\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{(?P<groups>\{[\d,{}]*\})\}")
 _TILED = re.compile(r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<source>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?")
+# Newer XLA names axes of a mesh of its own: mesh['axis_0'=1,'axis_1'=4] {'axis_1'}. The mesh may order the devices as
+# an iota, and a group may run along a factor of an axis: {'axis_0':(2)4}, the factor of size 4 within blocks of 2.
+_NAMED = re.compile(
+    r"replica_groups=mesh\[(?P<sizes>[^\]]*)\]"
+    r"(?:, device_ids=\((?P<devices>[^)]*(?:T\([\d,]+\))?)\))? \{(?P<axes>[^}]*)\}"
+)
 _PAIRS = re.compile(r"source_target_pairs=\{(?P<pairs>\{[\d,{}]*\})\}")
 
 
@@ -28,7 +34,8 @@ class Collective:
     Attributes:
         kind: one of ``KINDS``.
         nbytes: bytes of its result on one device.
-        groups: the devices that talk with each other, by position in the mesh; for a permute its (source, target) pairs.
+        groups: the devices that talk with each other, by position in the mesh; for a permute its (source, target)
+            pairs.
     """
 
     kind: str
@@ -77,9 +84,7 @@ def summary(found: Iterable[Collective], mesh: Mesh) -> str:
         key = (collective.kind, ",".join(collective.axes(mesh)))
         counts[key] += 1
         sizes[key] += collective.nbytes
-    parts = [
-        f"{count} {kind} over {axes} ({sizes[kind, axes] / 1e6:.2f} MB)" for (kind, axes), count in counts.items()
-    ]
+    parts = [f"{count} {kind} over {axes} ({sizes[kind, axes] / 1e6:.2f} MB)" for (kind, axes), count in counts.items()]
     return ", ".join(parts) or "none"
 
 
@@ -102,9 +107,10 @@ def _itemsize(dtype: str) -> int:
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
     listed = _LISTED.search(line) or _PAIRS.search(line)
     if listed is not None:
-        return tuple(
-            tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed.group(1))
-        )
+        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed.group(1)))
+    named = _NAMED.search(line)
+    if named is not None:
+        return _named_groups(named["sizes"], named["devices"], named["axes"])
     tiled = _TILED.search(line)
     if tiled is None:
         return ()
@@ -114,3 +120,38 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
         devices = devices.transpose([int(n) for n in tiled["order"].split(",")])
     rows = devices.reshape([int(n) for n in tiled["shape"].split(",")])
     return tuple(tuple(int(n) for n in row) for row in rows)
+
+
+def _named_groups(sizes: str, order: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
+    """Groups along named axes of a mesh, or along factors of them."""
+    shape: dict[str, int] = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    factors: list[int] = []
+    along: list[bool] = []
+    for name, size in shape.items():
+        cuts = sorted((int(before or 1), int(factor or size)) for axis, before, factor in wanted if axis == name)
+        done = 1
+        for before, factor in cuts:
+            factors += [before // done, factor]
+            along += [False, True]
+            done = before * factor
+        factors.append(size // done)
+        along.append(False)
+    kept = [i for i, is_along in enumerate(along) if not is_along]
+    moved = [i for i, is_along in enumerate(along) if is_along]
+    devices = _ordered(order, prod(shape.values())).reshape(factors).transpose(kept + moved)
+    rows = devices.reshape(-1, prod(factors[i] for i in moved))
+    return tuple(tuple(int(n) for n in row) for row in rows)
+
+
+def _ordered(order: str | None, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Devices in the order that a mesh lists them: an iota of some shape, maybe transposed, or a plain list."""
+    if order is None:
+        return np.arange(count)
+    iota = re.fullmatch(r"\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?", order)
+    if iota is None:
+        return np.array([int(n) for n in order.split(",")])
+    devices = np.arange(count).reshape([int(n) for n in iota["shape"].split(",")])
+    if iota["order"]:
+        devices = devices.transpose([int(n) for n in iota["order"].split(",")])
+    return devices.reshape(-1)
