@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from spmd_infer.errors import SpmdInferError
     from spmd_infer.generation.sampling import SamplingParams
     from spmd_infer.mesh import MeshSpec
-    from spmd_infer.plans import plan
     from spmd_infer.planning.mesh_plan import MeshPlan
     from spmd_infer.planning.search import Workload
+    from spmd_infer.plans import plan
     from spmd_infer.tasks.generate import Completion
     from spmd_infer.tensors import InputSpec
 

@@ -146,12 +146,10 @@ class _Extreme(Aggregate):
 
     def reduce(self, x: jax.Array, weights: jax.Array) -> Partial:
         """The extreme of the rows that count."""
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
-        info: Any = jnp.finfo(x.dtype) if floating else jnp.iinfo(x.dtype)
         counted = weights.reshape((-1,) + (1,) * (x.ndim - 1)) != 0
         if self.largest:
-            return Partial({"value": jnp.max(jnp.where(counted, x, -jnp.inf if floating else info.min), axis=0)})
-        return Partial({"value": jnp.min(jnp.where(counted, x, jnp.inf if floating else info.max), axis=0)})
+            return Partial({"value": jnp.max(x, axis=0, where=counted, initial=_lowest(x.dtype))})
+        return Partial({"value": jnp.min(x, axis=0, where=counted, initial=_highest(x.dtype))})
 
     def merge(self, first: Partial, second: Partial) -> Partial:
         """The extreme of both."""
@@ -161,6 +159,14 @@ class _Extreme(Aggregate):
     def finish(self, partial: Partial) -> Any:
         """The extreme."""
         return partial["value"]
+
+
+def _lowest(dtype: Any) -> Any:
+    return -np.inf if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).min
+
+
+def _highest(dtype: Any) -> Any:
+    return np.inf if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).max
 
 
 class Max(_Extreme):
@@ -175,3 +181,17 @@ class Min(_Extreme):
 
     def __init__(self) -> None:
         super().__init__(largest=False)
+
+
+def together(pieces: list[Any], reduce: Aggregate | None) -> Any:
+    """One result from those of the micro-batches of one batch: their rows in order, or their partials merged."""
+    if reduce is None:
+        return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+    def finish(*parts: Partial) -> Any:
+        total = parts[0]
+        for part in parts[1:]:
+            total = reduce.merge(total, part)
+        return reduce.finish(total)
+
+    return jax.tree.map(finish, *pieces, is_leaf=lambda node: isinstance(node, Partial))

@@ -91,7 +91,8 @@ class AxisRules:
         for logical, axis in self.rules.items():
             if axis is not None and axis not in MESH_AXES:
                 raise AxisError(
-                    f"rule {logical!r} -> {axis!r}: there is no mesh axis of that name; mesh axes are {', '.join(MESH_AXES)}"
+                    f"rule {logical!r} -> {axis!r}: there is no mesh axis of that name; "
+                    f"mesh axes are {', '.join(MESH_AXES)}"
                 )
 
     def replace(self, **rules: str | None) -> AxisRules:
@@ -149,7 +150,7 @@ _scope: ContextVar[tuple[AxisRules, Mesh] | None] = ContextVar("spmd_infer_axis_
 
 @contextmanager
 def axis_scope(rules: AxisRules, mesh: Mesh) -> Iterator[None]:
-    """Make ``constrain`` use these rules and this mesh; entered inside the traced function, so on the tracing thread."""
+    """Make ``constrain`` use these rules and this mesh; entered inside the traced function, on its thread."""
     token = _scope.set((rules, mesh))
     try:
         yield
@@ -187,4 +188,5 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         PartitionSpec.UNCONSTRAINED if logical in wished else entry
         for logical, entry in zip(axes, entries, strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    laid: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return laid

@@ -49,8 +49,8 @@ class Buckets:
         """Cut a batch into micro-batches.
 
         Returns:
-            ``(start, stop, bucket)`` for each: rows ``start:stop``, padded to ``bucket`` rows. All but the last fill the
-            largest bucket.
+            ``(start, stop, bucket)`` for each: rows ``start:stop``, padded to ``bucket`` rows. All but the last fill
+            the largest bucket.
         """
         largest = self.sizes[-1]
         cuts = [(start, start + largest, largest) for start in range(0, rows - largest + 1, largest)]

@@ -1,48 +1,42 @@
 """The engine: a model's weights on a mesh of devices, and ``infer``.
 
-One call, in order: the batch is checked against the model's signature, cut into micro-batches and padded to buckets,
-handed to the programs compiled for those buckets, and what comes back is cut to the batch's rows and put together.
+An engine is a plan (``planning``), the weights laid out by it, and a ``BatchRunner`` that takes batches of any size
+through programs compiled for a few: a batch is checked against the model's signature, cut into micro-batches, padded to
+buckets, run, cut back to its rows and put together. ``jit`` compiles other functions of the model; tasks use it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from spmd_infer.aggregate import Aggregate, Concat, Partial
+from spmd_infer.aggregate import Aggregate
 from spmd_infer.axes import BATCH, AxisRules
-from spmd_infer.batching import Buckets, pad_rows
+from spmd_infer.batching import Buckets
 from spmd_infer.ensemble import ensemble
-from spmd_infer.errors import BatchError, TaskError
+from spmd_infer.errors import TaskError
 from spmd_infer.functional import ModelFunction, Params, model_function
-from spmd_infer.inference import InferProgram, infer_program
 from spmd_infer.memory import MemoryUse, memory_use
-from spmd_infer.mesh import MeshSpec, auto_mesh, axis_size, spec_of
+from spmd_infer.mesh import axis_size
+from spmd_infer.model_program import model_program
 from spmd_infer.opening import OpenedModel, open_model
-from spmd_infer.planning.hardware import found_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import Workload, make_plan
+from spmd_infer.planning.resolve import MeshLike, platform_of, resolve_mesh
+from spmd_infer.planning.search import Workload
 from spmd_infer.programs import Programs
-from spmd_infer.progress import progress
-from spmd_infer.signature import CheckedBatch, Signature
+from spmd_infer.runner import BatchRunner
+from spmd_infer.signature import Signature
 from spmd_infer.task_table import find_task
 from spmd_infer.tensors import Axes
 
 if TYPE_CHECKING:
     from spmd_infer.checkpoints import Reader
     from spmd_infer.models.registry import Family, ModelConfig
-
-MeshLike = str | MeshSpec | MeshPlan | Mesh
-IN_FLIGHT = 2
-"""Programs dispatched before the first one's results are read: one runs while the host prepares the next."""
 
 
 class Engine:
@@ -78,9 +72,7 @@ class Engine:
         rules: AxisRules | None = None,
         call_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        function = (
-            model if isinstance(model, ModelFunction) else model_function(model, params, call_kwargs=call_kwargs)
-        )
+        function = model if isinstance(model, ModelFunction) else model_function(model, params, call_kwargs=call_kwargs)
         signature = Signature(inputs) if inputs is not None else None
         if example is not None and signature is None:
             signature = Signature.from_example(example)
@@ -108,9 +100,8 @@ class Engine:
         self.config: ModelConfig | None = opened.config if opened else None
         self.reader: Reader | None = opened.reader if opened else None
         self._model = function
-        self._signature = signature
         self._programs = Programs(mesh, plan.rules)
-        self._infer_programs: dict[Any, InferProgram] = {}
+        self._runner = BatchRunner(self._programs, function, weights, signature, self.buckets)
         self._tasks: dict[str, Any] = {}
 
     @classmethod
@@ -170,8 +161,9 @@ class Engine:
         Args:
             model: the model that all members share.
             members: parameters of each member, as ``params`` of ``Engine``.
-            aggregate: how the members' results become one: ``Mean()``, ``WeightedMean(w)``, ``MajorityVote()``, ``Max()``,
-                ``Min()``, ``Concat()`` for ``[batch, members, ...]``, or a traced function of ``[members, batch, ...]``.
+            aggregate: how the members' results become one: ``Mean()``, ``WeightedMean(w)``, ``MajorityVote()``,
+                ``Max()``, ``Min()``, ``Concat()`` for ``[batch, members, ...]``, or a traced function of
+                ``[members, batch, ...]``.
             mesh: as for ``Engine``, such as ``"member=4,data=2"``.
             **options: as for ``Engine``.
         """
@@ -193,7 +185,7 @@ class Engine:
         Raises:
             BatchError: the batch is not what the model takes; the engine stays usable.
         """
-        return next(self.infer_stream((batch,), aggregate=aggregate))
+        return next(self._runner.run((batch,), aggregate))
 
     def infer_stream(
         self, batches: Iterable[Any], *, aggregate: Aggregate | Callable[[Any], Any] | None = None
@@ -210,62 +202,7 @@ class Engine:
         Raises:
             BatchError: a batch is not what the model takes. The results of those before it have been yielded.
         """
-        reduce = aggregate if isinstance(aggregate, Aggregate) and not isinstance(aggregate, Concat) else None
-        after = aggregate if aggregate is not None and not isinstance(aggregate, Aggregate) else None
-        waiting: deque[tuple[int, int, Any]] = deque()  # (rows of this piece, rows of its batch still to come, results)
-        pieces: list[Any] = []
-        failure: BatchError | None = None
-        dispatches = self._dispatches(batches, reduce)
-        while True:
-            while failure is None and len(waiting) < IN_FLIGHT:
-                try:
-                    dispatched = next(dispatches, None)
-                except BatchError as error:
-                    failure = error
-                    break
-                if dispatched is None:
-                    break
-                waiting.append(dispatched)
-            if not waiting:
-                break
-            rows, left, results = waiting.popleft()
-            fetched = jax.device_get(results)
-            pieces.append(fetched if reduce else jax.tree.map(lambda x, n=rows: x if len(x) == n else x[:n], fetched))
-            if left == 0:
-                whole, pieces = _together(pieces, reduce), []
-                yield whole if after is None else after(whole)
-        if failure is not None:
-            raise failure
-
-    def _dispatches(self, batches: Iterable[Any], reduce: Aggregate | None) -> Iterator[tuple[int, int, Any]]:
-        for batch in batches:
-            if self._signature is None:
-                self._signature = Signature.from_example(batch)
-            checked = self._signature.check(batch)
-            weights = reduce.weights(checked.rows) if reduce is not None else None
-            for start, stop, bucket in self.buckets.split(checked.rows):
-                leaves = [
-                    pad_rows(leaf, start, stop, bucket) if BATCH in spec.shape else leaf
-                    for leaf, spec in zip(checked.leaves, checked.specs, strict=True)
-                ]
-                row_weights = None
-                if weights is not None:
-                    row_weights = np.zeros(bucket, np.float32)
-                    row_weights[: stop - start] = weights[start:stop]
-                program = self._infer_program(checked, leaves, bucket, reduce)
-                yield stop - start, checked.rows - stop, program(self.params, leaves, row_weights)
-
-    def _infer_program(
-        self, checked: CheckedBatch, leaves: Sequence[Any], bucket: int, reduce: Aggregate | None
-    ) -> InferProgram:
-        # The caller's own device arrays must survive the call; memory that the engine made may be reused.
-        donate = not any(isinstance(leaf, jax.Array) for leaf in leaves)
-        key = (checked.treedef, *[leaf.shape for leaf in leaves], type(reduce), donate)
-        found = self._infer_programs.get(key)
-        if found is None:
-            found = infer_program(self._programs, self._model, self.params, checked, bucket, reduce, donate)
-            self._infer_programs[key] = found
-        return found
+        return self._runner.run(batches, aggregate)
 
     def warmup(self, sizes: Mapping[str, int | Sequence[int]] | None = None, *, quiet: bool = False) -> int:
         """Compile the programs for every bucket now, several at a time.
@@ -280,21 +217,7 @@ class Engine:
         Raises:
             BatchError: the inputs are not known yet, or a varying dimension has no size.
         """
-        if self._signature is None:
-            raise BatchError("the inputs are not known yet: give the engine example= or inputs=, or call infer once")
-        before = self.compiles
-        batches = [
-            batch for bucket in self.buckets.sizes for batch in self._signature.blank_batches(bucket, sizes or {})
-        ]
-        with ThreadPoolExecutor(max_workers=4) as pool, progress("compiling", len(batches), quiet=quiet) as advance:
-            for _ in pool.map(self._compile_for, batches):
-                advance(1)
-        return self.compiles - before
-
-    def _compile_for(self, batch: Any) -> None:
-        assert self._signature is not None
-        checked = self._signature.check(batch)
-        self._infer_program(checked, checked.leaves, checked.rows, None)
+        return self._runner.warmup(sizes or {}, quiet=quiet)
 
     def jit(
         self, name: str, fn: Callable[..., Any], *, donate: tuple[int, ...] = (), out_axes: Any = None
@@ -311,48 +234,15 @@ class Engine:
             ``g(*args)``: dispatches at once. Compiled once for each combination of shapes and dtypes, and counted.
             Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
         """
-        whole = NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-        def run(params: Params, *args: Any) -> Any:
-            result = fn(self._model.rebuild(params), *args)
-            return result if out_axes is None else self._constrained(result, out_axes)
-
-        def call(*args: Any) -> Any:
-            leaves, treedef = jax.tree_util.tree_flatten(args)
-            key = (name, treedef, *[(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves])
-            program = self._programs.find(key)
-            if program is None:
-                shardings = treedef.unflatten([getattr(leaf, "sharding", whole) for leaf in leaves])
-                weights = jax.tree.map(lambda w: w.sharding, self.params)
-                program = self._programs.get(
-                    key,
-                    run,
-                    (self.params, *args),
-                    name=name,
-                    in_shardings=(weights, *shardings),
-                    donate=tuple(position + 1 for position in donate),
-                )
-            return program.compiled(self.params, *args)
-
-        return call
+        return model_program(self._programs, self._model, self.params, name, fn, donate, out_axes)
 
     def place(self, array: Any, axes: Axes) -> jax.Array:
         """Put an array on the mesh by its logical axes; a ``jax.ShapeDtypeStruct`` is made of zeros on the devices."""
         sharding = NamedSharding(self.mesh, self.rules.resolve(axes, array.shape, dict(self.mesh.shape)).spec)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jnp.zeros(array.shape, array.dtype, device=sharding)
-        return jax.device_put(array, sharding)
-
-    def _constrained(self, result: Any, out_axes: Any) -> Any:
-        def one(axes: Axes, part: Any) -> Any:
-            return jax.tree.map(
-                lambda x: jax.lax.with_sharding_constraint(
-                    x, NamedSharding(self.mesh, self.rules.resolve(axes, x.shape, dict(self.mesh.shape)).spec)
-                ),
-                part,
-            )
-
-        return jax.tree.map(one, out_axes, result, is_leaf=lambda node: _is_axes(node))
+        placed: jax.Array = jax.device_put(array, sharding)
+        return placed
 
     @property
     def compiles(self) -> int:
@@ -385,7 +275,11 @@ class Engine:
         if name not in self._tasks:
             task = find_task(name)
             if self.family is None or self.family.task != name:
-                what = f"{self.family.name} models offer {self.family.task!r}" if self.family else "this is a model of your own"
+                what = (
+                    f"{self.family.name} models offer {self.family.task!r}"
+                    if self.family
+                    else "this is a model of your own"
+                )
                 raise TaskError(f"the loaded model cannot {name}: {what}; infer() takes tensors")
             self._tasks[name] = task(self)
         return self._tasks[name]
@@ -401,47 +295,3 @@ class Engine:
     def generate(self, prompts: Any, params: Any = None, **options: Any) -> Any:
         """Continue prompts; see ``spmd_infer.tasks.generate.Generate``."""
         return self.task("generate")(prompts, params, **options)
-
-
-def resolve_mesh(
-    mesh: MeshLike, model: ModelFunction, inputs: Any, workload: Workload | None, rules: AxisRules | None
-) -> tuple[MeshPlan, Mesh]:
-    """The plan for what the caller said of the mesh, and the mesh itself."""
-    if isinstance(mesh, MeshPlan):
-        mesh, rules = mesh.mesh, rules or mesh.rules
-    if isinstance(mesh, Mesh):
-        built = auto_mesh(mesh)
-        cluster = found_cluster(list(built.devices.flat))
-        return make_plan(model, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec_of(built)), built
-    if mesh == "auto":
-        plan = make_plan(model, found_cluster(jax.devices()), inputs=inputs, workload=workload, rules=rules)
-        return plan, plan.build()
-    spec = MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
-    built = spec.build()
-    cluster = found_cluster(list(built.devices.flat))
-    return make_plan(model, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec), built
-
-
-def platform_of(mesh: MeshLike) -> str:
-    """The platform of the devices that a mesh will use."""
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
-    return str(device.platform)
-
-
-def _together(pieces: list[Any], reduce: Aggregate | None) -> Any:
-    """One result from those of the micro-batches."""
-    if reduce is None:
-        return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
-    leaves, treedef = jax.tree_util.tree_flatten(pieces[0], is_leaf=_is_partial)
-    total = leaves
-    for piece in pieces[1:]:
-        total = [reduce.merge(a, b) for a, b in zip(total, treedef.flatten_up_to(piece), strict=True)]
-    return treedef.unflatten([reduce.finish(leaf) for leaf in total])
-
-
-def _is_partial(node: Any) -> bool:
-    return isinstance(node, Partial)
-
-
-def _is_axes(node: Any) -> bool:
-    return isinstance(node, tuple) and all(entry is None or isinstance(entry, str) for entry in node)

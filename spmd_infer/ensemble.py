@@ -36,7 +36,9 @@ def ensemble(members: Sequence[ModelFunction], aggregate: Aggregate | Callable[[
         for path in first.params.keys() | member.params.keys():
             ours, theirs = _describe(first.params.get(path)), _describe(member.params.get(path))
             if ours != theirs:
-                raise ModelError(f"member {number} of the ensemble: parameter {path!r} is {theirs}, member 0 has {ours}")
+                raise ModelError(
+                    f"member {number} of the ensemble: parameter {path!r} is {theirs}, member 0 has {ours}"
+                )
     params: Params = {path: np.stack([np.asarray(m.params[path]) for m in members]) for path in first.params}
     axes = {path: (ENSEMBLE, *first.axes.get(path, (None,) * (value.ndim - 1))) for path, value in params.items()}
 

@@ -56,8 +56,8 @@ def model_function(model: Any, params: Any = None, *, call_kwargs: Mapping[str, 
 
     Args:
         model: an NNX module; a Linen module; or a function ``fn(params, batch)``.
-        params: Linen variables (``{"params": …}``) or the function's parameters, any pytree of arrays. For an NNX module
-            None, or parameters that replace its own: an ``nnx.State`` or arrays by path.
+        params: Linen variables (``{"params": …}``) or the function's parameters, any pytree of arrays. For an NNX
+            module None, or parameters that replace its own: an ``nnx.State`` or arrays by path.
         call_kwargs: fixed keyword arguments of a module's ``__call__``, such as ``{"train": False}``.
 
     Returns:
@@ -119,9 +119,7 @@ def _from_linen(model: linen.Module, variables: Any, kwargs: dict[str, Any]) -> 
             f"got {type(variables).__name__}"
         )
     boxed = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_boxed)[0]
-    axes = {
-        keystr(path, simple=True, separator="."): tuple(leaf.names) for path, leaf in boxed if _is_boxed(leaf)
-    }
+    axes = {keystr(path, simple=True, separator="."): tuple(leaf.names) for path, leaf in boxed if _is_boxed(leaf)}
     plain = linen.meta.unbox(variables)
     flat, rebuild_tree = _flatten(plain)
 
@@ -174,7 +172,8 @@ def _matching(given: Mapping[str, Any], own: Params, name: str) -> Params:
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or extra:
         raise ModelError(
-            f"parameters do not belong to {name}: {len(missing)} missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
+            f"parameters do not belong to {name}: {len(missing)} missing {missing[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}"
         )
     for path, value in given.items():
         if tuple(value.shape) != tuple(own[path].shape):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from spmd_infer.aggregate import Aggregate
-from spmd_infer.axes import BATCH, AxisRules
+from spmd_infer.axes import BATCH
 from spmd_infer.errors import BatchError
 from spmd_infer.functional import ModelFunction
 from spmd_infer.programs import Program, Programs
@@ -28,26 +28,30 @@ class InferProgram:
     Attributes:
         program: the executable, called with the parameters, the row weights if it aggregates, and the batch's leaves.
         shardings: where each leaf goes.
-        weights_sharding: where the row weights go; None where it does not aggregate.
+        aggregates: whether it takes row weights and returns partial aggregates.
     """
 
     program: Program
     shardings: tuple[NamedSharding, ...]
-    weights_sharding: NamedSharding | None
+    aggregates: bool
 
     def __call__(self, params: Any, leaves: Sequence[Any], weights: Any = None) -> Any:
-        """Dispatch: returns arrays on the device at once, without waiting for them."""
-        placed = jax.device_put(list(leaves), list(self.shardings))
-        if self.weights_sharding is None:
+        """Dispatch: returns arrays on the device at once, without waiting for them.
+
+        Numpy arrays are split over the devices by the executable itself, which is faster than ``jax.device_put``.
+        """
+        placed = [
+            leaf if isinstance(leaf, np.ndarray) or leaf.sharding == sharding else jax.device_put(leaf, sharding)
+            for leaf, sharding in zip(leaves, self.shardings, strict=True)
+        ]
+        if not self.aggregates:
             return self.program.compiled(params, *placed)
-        return self.program.compiled(params, jax.device_put(weights, self.weights_sharding), *placed)
+        return self.program.compiled(params, weights, *placed)
 
 
 def bucket_shape(leaf: Any, spec: InputSpec, bucket: int) -> tuple[int, ...]:
     """A leaf's shape with its batch dimension set to the bucket."""
-    return tuple(
-        bucket if want == BATCH else have for have, want in zip(leaf.shape, spec.shape, strict=True)
-    )
+    return tuple(bucket if want == BATCH else have for have, want in zip(leaf.shape, spec.shape, strict=True))
 
 
 def infer_program(
@@ -87,12 +91,12 @@ def infer_program(
     reuse = _reusable(avals, outputs) if donate and aggregate is None else ()
 
     def infer(values: Any, *args: Any) -> Any:
-        weights, leaves = (args[0], args[1:]) if aggregate is not None else (None, args)
+        leaves = args if aggregate is None else args[1:]
         result = model(values, jax.tree_util.tree_unflatten(batch.treedef, leaves))
         result = jax.tree.map(lambda x: _keep_rows(x, mesh, rows.spec), result)
         if aggregate is None:
             return result
-        return jax.tree.map(lambda x: aggregate.reduce(x, weights), result)
+        return jax.tree.map(lambda x: aggregate.reduce(x, args[0]), result)
 
     first = () if aggregate is None else (jax.ShapeDtypeStruct((bucket,), jnp.float32),)
     program = programs.get(
@@ -103,7 +107,7 @@ def infer_program(
         in_shardings=(_shardings_of(params), *(rows for _ in first), *shardings),
         donate=tuple(1 + position for position in reuse),
     )
-    return InferProgram(program, shardings, rows if aggregate is not None else None)
+    return InferProgram(program, shardings, aggregate is not None)
 
 
 def batched_outputs(
@@ -145,7 +149,8 @@ def _keep_rows(x: jax.Array, mesh: Mesh, rows: PartitionSpec) -> jax.Array:
     """Rows stay on the devices that computed them; the other dimensions are XLA's choice."""
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     spec = PartitionSpec(*(rows if len(rows) else (None,)), *free)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    kept: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return kept
 
 
 def _reusable(avals: Sequence[jax.ShapeDtypeStruct], outputs: Any) -> tuple[int, ...]:

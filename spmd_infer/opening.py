@@ -75,7 +75,8 @@ def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu") ->
     unsourced = sorted(model.params.keys() - table.keys())
     if unsourced:
         raise CheckpointError(
-            f"{reader.path}: the {family.name} name table has no entry for {len(unsourced)} weights, such as {unsourced[0]}"
+            f"{reader.path}: the {family.name} name table has no entry for {len(unsourced)} weights, "
+            f"such as {unsourced[0]}"
         )
     quantised = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
 

@@ -65,9 +65,7 @@ class Signature:
 
     def __str__(self) -> str:
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.inputs)
-        return ", ".join(
-            f"{_place(path)}: {spec}{'' if spec.required else ' (optional)'}" for path, spec in leaves
-        )
+        return ", ".join(f"{_place(path)}: {spec}{'' if spec.required else ' (optional)'}" for path, spec in leaves)
 
     def check(self, batch: Any) -> CheckedBatch:
         """Match a batch with the signature.
@@ -110,7 +108,9 @@ class Signature:
         names = sorted({d for spec in leaves for d in spec.shape if isinstance(d, str) and d != BATCH})
         unknown = [name for name in names if name not in sizes]
         if unknown:
-            raise BatchError(f"warm-up needs sizes for {unknown}: warmup({{{unknown[0]!r}: 128}}); the model takes {self}")
+            raise BatchError(
+                f"warm-up needs sizes for {unknown}: warmup({{{unknown[0]!r}: 128}}); the model takes {self}"
+            )
         choices = [np.atleast_1d(np.asarray(sizes[name])).tolist() for name in names]
         batches = []
         for chosen in product(*choices):
@@ -118,7 +118,7 @@ class Signature:
             zeros = [
                 np.zeros([size[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype) for spec in leaves
             ]
-            batches.append(treedef.unflatten(zeros))
+            batches.append(jax.tree_util.tree_unflatten(treedef, zeros))
         return batches
 
     def _match_structure(self, batch: Any, treedef: jax.tree_util.PyTreeDef) -> list[InputSpec]:
@@ -132,7 +132,8 @@ class Signature:
                 parts += [f"unknown {unknown}"] if unknown else []
                 raise BatchError(f"wrong keys in the batch: {', '.join(parts)}; the model takes {self}")
             chosen = {key: self.inputs[key] for key in batch}
-            specs, expected = jax.tree_util.tree_flatten(chosen)
+            leaves, expected = jax.tree_util.tree_flatten(chosen)
+            specs: list[InputSpec] = list(leaves)
             if expected == treedef:
                 self._specs[treedef] = specs
                 return specs
@@ -188,9 +189,7 @@ def arrays_from_lists(batch: Any) -> Any:
             isinstance(leaf, int | float | bool) for leaf in jax.tree_util.tree_leaves(node)
         )
 
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _as_array(leaf, _place(path)), batch, is_leaf=numbers
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_array(leaf, _place(path)), batch, is_leaf=numbers)
 
 
 def _required(spec: Any) -> bool:

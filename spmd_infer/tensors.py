@@ -1,4 +1,4 @@
-"""What is known of a tensor before it exists: its shape, its dtype, its logical axes, and where a checkpoint keeps it."""
+"""What is known of a tensor before it exists: shape, dtype, logical axes, and where a checkpoint keeps it."""
 
 from __future__ import annotations
 

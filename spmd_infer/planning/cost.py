@@ -1,7 +1,7 @@
 """What a step costs on a mesh: memory of the fullest device, and a roofline time with collectives.
 
-The time is ``max(arithmetic / peak rate, bytes / bandwidth) + collectives``; a ring all-reduce of B bytes over p devices
-moves ``2 (p - 1) / p * B`` per device, an all-gather half of that, and each starts with a latency.
+The time is ``max(arithmetic / peak rate, bytes / bandwidth) + collectives``; a ring all-reduce of B bytes over p
+devices moves ``2 (p - 1) / p * B`` per device, an all-gather half of that, and each starts with a latency.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Splits:
 
     def axis(self, label: str | None, size: int) -> str | None:
         """The mesh axis that splits a dimension of this size; None where it stays whole."""
-        axis = self._own.get(label) if label in self._own else self._rules.mesh_axis(label)  # type: ignore[arg-type]  # None is in no dict
+        axis = self._own.get(label or "") or self._rules.mesh_axis(label)
         parts = self._mesh.get(axis, 1) if axis is not None else 1
         units = self._rules.units.get(label, size) if label is not None else size
         return axis if parts > 1 and size % parts == 0 and units % parts == 0 else None

@@ -115,7 +115,8 @@ def parse_cluster(text: str, hosts: int = 1) -> Cluster:
     name = (match.group(2) or "cpu").lower() if match else ""
     if match is None or name not in hardware_table() or int(match.group(1)) < 1:
         raise PlanError(
-            f"cannot read devices {text!r}: expected a number, or NUMBERxDEVICE with one of {', '.join(hardware_table())}"
+            f"cannot read devices {text!r}: expected a number, or NUMBERxDEVICE with one of "
+            f"{', '.join(hardware_table())}"
         )
     return _cluster(hardware_table()[name][0], int(match.group(1)), hosts)
 
@@ -130,8 +131,7 @@ def found_cluster(devices: Sequence[jax.Device]) -> Cluster:
         None,
     )
     if device is None:
-        known = ", ".join(hardware_table())
-        raise PlanError(f"no figures for a {kind!r} device; known are {known}. Give the mesh yourself: mesh='data=1,model=8'")
+        raise PlanError(f"no figures for a {kind!r} device; known are {', '.join(hardware_table())}")
     if device.shared:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         device = replace(device, memory_bytes=memory)

@@ -56,7 +56,7 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array; a PRNG key counts as its raw words."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return prod(shape) * 8
-    return prod(shape) * np.dtype(dtype).itemsize
+    return prod(shape) * int(np.dtype(dtype).itemsize)
 
 
 def weight_layouts(model: ModelFunction, rules: AxisRules, mesh_shape: Mapping[str, int]) -> list[WeightLayout]:

@@ -66,7 +66,7 @@ class Workload:
             )
             for spec in leaves
         ]
-        return treedef.unflatten(shapes), [tuple(spec.axes) for spec in leaves]
+        return jax.tree_util.tree_unflatten(treedef, shapes), [tuple(spec.axes) for spec in leaves]
 
     def _size(self, name: str) -> int:
         return self.sizes.get(name, 128)
@@ -100,7 +100,9 @@ def make_plan(
     planner = _Planner(model, cluster, inputs, workload, rules)
     if mesh is not None:
         planner.estimate(mesh)  # a collision on the caller's own mesh is the caller's to hear about
-    meshes = [MeshSpec.of(data=cluster.count // m, model=m) for m in range(1, cluster.count + 1) if not cluster.count % m]
+    meshes = [
+        MeshSpec.of(data=cluster.count // m, model=m) for m in range(1, cluster.count + 1) if not cluster.count % m
+    ]
     if mesh is not None and mesh not in meshes:
         meshes.append(mesh)
     candidates = [planner.candidate(spec) for spec in meshes]
@@ -212,13 +214,15 @@ def _with_reason(candidate: Candidate, chosen: Candidate, given: bool) -> Candid
         return candidate
     mine: StepTime | None = candidate.time
     if mine is None or chosen.time is None:
-        reason = "splits weights that already fit" if candidate.memory.weights < chosen.memory.weights else "not asked for"
+        reason = (
+            "splits weights that already fit" if candidate.memory.weights < chosen.memory.weights else "not asked for"
+        )
     elif given and mine.total < chosen.time.total:
         reason = f"estimated {chosen.time.total / mine.total:.1f}x faster, but the mesh was given"
     elif mine.total <= chosen.time.total * (1 + CLOSE):
         reason = "as fast, but splits the model further"
     else:
-        reason = f"slower: {mine.total / chosen.time.total:.1f}x the time"
+        reason = f"slower: {mine.total / chosen.time.total:.3g}x the time"
     return Candidate(candidate.mesh, candidate.memory, mine, candidate.collectives, reason)
 
 
@@ -236,7 +240,7 @@ def _notes(layouts: tuple[WeightLayout, ...], mesh: MeshSpec) -> list[str]:
     if bare and mesh.shape.get(MODEL, 1) > 1:
         split = [layout for layout in bare if layout.parts > 1]
         notes.append(
-            f"{len(bare)} of {len(layouts)} weights name no axes: {len(split)} are split over {MODEL} along their largest "
-            f"divisible dimension, {len(bare) - len(split)} small ones stay whole"
+            f"{len(bare)} of {len(layouts)} weights name no axes: {len(split)} are split over {MODEL} along their "
+            f"largest divisible dimension, {len(bare) - len(split)} stay whole"
         )
     return notes

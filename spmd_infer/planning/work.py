@@ -21,7 +21,9 @@ from spmd_infer.planning.layout import nbytes
 
 Labels = tuple[str | None, ...]
 
-_ALIASES = frozenset({"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota"})
+_ALIASES = frozenset(
+    {"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota"}
+)
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,7 @@ class _Reader:
             for operand in operands:
                 self._use(operand)
             results = self._apply(equation, operands, times)
-            for var, value in zip(equation.outvars, results, strict=True):
-                known[var] = value
+            known.update(zip(equation.outvars, results, strict=True))
         return [look(atom) for atom in jaxpr.outvars]
 
     def close(self, outputs: Sequence[Value]) -> None:
@@ -184,9 +185,7 @@ class _Reader:
         body = inner.jaxpr if hasattr(inner, "jaxpr") else inner
         if name == "scan":
             skip = params["num_consts"] + params["num_carry"]
-            sliced = [
-                v if i < skip else Value(v.shape[1:], v.dtype, v.labels[1:]) for i, v in enumerate(operands)
-            ]
+            sliced = [v if i < skip else Value(v.shape[1:], v.dtype, v.labels[1:]) for i, v in enumerate(operands)]
             results = self.run(inner, sliced, times * int(params["length"]))
         elif name == "while":
             count = params["cond_nconsts"]
@@ -198,7 +197,9 @@ class _Reader:
         shapes = [(tuple(v.aval.shape), v.aval.dtype) for v in equation.outvars]
         # Results that only a loop's stacking reshaped get a new, unlabelled leading dimension.
         return [
-            r if r.shape == shape else self._birth(Value(shape, dtype, ((None,) * len(shape) + r.labels)[-len(shape) :] if shape else ()))
+            r
+            if r.shape == shape
+            else self._birth(Value(shape, dtype, ((None,) * len(shape) + r.labels)[-len(shape) :] if shape else ()))
             for r, (shape, dtype) in zip(results, shapes, strict=True)
         ]
 
@@ -230,11 +231,9 @@ def _dot(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...
     left, right = operands
     (left_sum, right_sum), (left_batch, right_batch) = params["dimension_numbers"]
     labels = tuple(left.labels[a] or right.labels[b] for a, b in zip(left_batch, right_batch, strict=True))
-    labels += tuple(l for d, l in enumerate(left.labels) if d not in left_sum and d not in left_batch)
-    labels += tuple(l for d, l in enumerate(right.labels) if d not in right_sum and d not in right_batch)
-    summed = tuple(
-        (left.labels[a], right.labels[b], left.shape[a]) for a, b in zip(left_sum, right_sum, strict=True)
-    )
+    labels += tuple(label for d, label in enumerate(left.labels) if d not in left_sum and d not in left_batch)
+    labels += tuple(label for d, label in enumerate(right.labels) if d not in right_sum and d not in right_batch)
+    summed = tuple((left.labels[a], right.labels[b], left.shape[a]) for a, b in zip(left_sum, right_sum, strict=True))
     flops = 2.0 * prod(shape) * prod(size for *_, size in summed)
     return Product(flops, left, right, Value(shape, dtype, labels), summed, times)
 
@@ -253,7 +252,9 @@ def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ..
     return Product(2.0 * prod(shape) * taps, left, right, Value(shape, dtype, tuple(labels)), summed, times)
 
 
-def _gather(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...], dtype: Any, times: int) -> Product:
+def _gather(
+    params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...], dtype: Any, times: int
+) -> Product:
     table, index = operands[0], operands[1]
     numbers = params["dimension_numbers"]
     kept = [d for d in range(len(table.shape)) if d not in numbers.collapsed_slice_dims]
@@ -288,9 +289,9 @@ def _labels(name: str, params: Mapping[str, Any], operands: list[Value], shape: 
     if name == "reshape":
         return _reshaped(first, shape)
     if name == "squeeze":
-        return tuple(l for d, l in enumerate(first.labels) if d not in params["dimensions"])
+        return tuple(label for d, label in enumerate(first.labels) if d not in params["dimensions"])
     if name.startswith(("reduce_", "arg")) and "axes" in params:
-        return tuple(l for d, l in enumerate(first.labels) if d not in params["axes"])
+        return tuple(label for d, label in enumerate(first.labels) if d not in params["axes"])
     joined: list[str | None] = [None] * rank
     for operand in operands:
         if len(operand.shape) == rank:
