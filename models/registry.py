@@ -91,7 +91,13 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family("cnn", ("SmallCNN",), "spmd_infer.models.cnn", "SmallCNN", "classify", nameless=True),
-    Family("bert", ("BertModel", "bert"), "spmd_infer.models.bert", "Bert", "embed"),
+    Family(
+        "bert",
+        ("BertModel", "BertForMaskedLM", "BertForPreTraining", "bert"),
+        "spmd_infer.models.bert",
+        "Bert",
+        "embed",
+    ),
     Family(
         "efficientnet-lite",
         ("EfficientNetLite",),
