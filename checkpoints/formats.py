@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from spmd_infer.checkpoints import gguf_header, gguf_reader, safetensors_reader, torch_reader
+from spmd_infer.checkpoints.folder_files import inside
 from spmd_infer.checkpoints.reader import Reader
 from spmd_infer.errors import CheckpointError, UnknownFormatError
 
@@ -92,7 +93,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
             if file.is_file() and any(known.detects(file, _head(file)) for known in (*BUILT_IN, *added))
         ]
         if len(inner) == 1:
-            return open_checkpoint(safetensors_reader.inside(path, inner[0].name))
+            return open_checkpoint(inside(path, inner[0].name))
         if inner:
             names = ", ".join(file.name for file in inner[:8])
             raise CheckpointError(f"{path}: holds {len(inner)} checkpoint files ({names}); give the path of one")

@@ -44,9 +44,11 @@ class GgufReader:
         self.folder = path.parent
         self._bytes = FileBytes(path)
         header = read_header(self._bytes)
-        if header.fields.get("split.count", 0) > 1:
+        parts = header.fields.get("split.count", 1)
+        if parts not in (0, 1):
+            number = header.fields.get("split.no", 0)
             raise CheckpointError(
-                f"{path}: is part {header.fields.get('split.no', 0) + 1} of {header.fields['split.count']}; "
+                f"{path}: is part {number} (counted from 0) of {parts!s:.20}; "
                 f"join the parts first (llama-gguf-split --merge)"
             )
         self.metadata: dict[str, Any] = header.fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,6 @@ from spmd_infer.errors import CheckpointError
 Index = tuple[slice, ...]
 """One contiguous slice for each leading dimension; dimensions left out are taken whole."""
 
-CONFIG_NAME = "config.json"
-_CONFIG_LIMIT = 16 << 20
 _MOST_DIMENSIONS = 32
 
 
@@ -150,42 +147,3 @@ def check_shape(shape: Sequence[int], dtype: np.dtype[Any], name: str, file: Pat
         raise CheckpointError(
             f"{file}: tensor {name!r} has shape {str(list(shape))[:120]}, which no array of {dtype.name} can have"
         )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a folder; empty where there is none.
-
-    Raises:
-        CheckpointError: it is not a JSON object, or is larger than a configuration can be.
-    """
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        return {}
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A small file that holds one JSON object.
-
-    Raises:
-        CheckpointError: it cannot be read, is too large, or holds something else.
-    """
-    try:
-        size = file.stat().st_size
-        if size > _CONFIG_LIMIT:
-            raise CheckpointError(f"{file}: {size} bytes of JSON, more than the {_CONFIG_LIMIT} that are read")
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected a JSON object, but it cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def architecture_of(config: Mapping[str, Any]) -> str | None:
-    """The architecture that a Hugging Face configuration names: the first of ``architectures``, or ``model_type``."""
-    names = config.get("architectures")
-    if isinstance(names, list) and names and isinstance(names[0], str):
-        return names[0]
-    kind = config.get("model_type")
-    return kind if isinstance(kind, str) else None

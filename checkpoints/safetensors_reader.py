@@ -19,15 +19,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from spmd_infer.checkpoints.file_bytes import FileBytes
+from spmd_infer.checkpoints.folder_files import architecture_of, inside, read_config, read_json
 from spmd_infer.checkpoints.reader import (
     Index,
     TensorInfo,
-    architecture_of,
     bounds,
     check_shape,
     find_tensor,
-    read_config,
-    read_json,
 )
 from spmd_infer.errors import CheckpointError
 
@@ -147,27 +145,6 @@ class SafetensorsReader:
             self.tensors[name] = TensorInfo(name, shape, dtype, end - begin, file, entry["dtype"])
             self._places[name] = _Place(source, data_start + begin)
         return header.keys() - {"__metadata__"}
-
-
-def inside(folder: Path, name: str) -> Path:
-    """The file of that base name in a folder.
-
-    A symbolic link is followed only to a place inside the folder or, in a Hugging Face cache
-    (``<repository>/snapshots/<revision>``), inside the same repository's ``blobs``.
-
-    Raises:
-        CheckpointError: the name is not a base name, or the link leads elsewhere.
-    """
-    if name in ("", ".", "..") or "\0" in name or "\\" in name or Path(name).name != name:
-        raise CheckpointError(f"{folder}: file name {name!r} is not a plain name inside the folder")
-    file = folder / name
-    home, target = folder.resolve(), file.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{file}: is a link to {target}, outside its folder")
-    return file
 
 
 def _checked_header(source: FileBytes) -> tuple[dict[str, Any], int]:

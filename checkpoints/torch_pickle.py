@@ -31,6 +31,8 @@ from spmd_infer.checkpoints.torch_records import (
 )
 from spmd_infer.errors import CheckpointError
 
+# What decoding and walking a damaged pickle raises; a deprecation warning where the program makes errors of them.
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, DeprecationWarning)
 _MOST_OPCODES = 4_000_000  # some 36 a tensor
 
 
@@ -93,7 +95,7 @@ def read_pickle(stream: Stream, path: Path) -> Any:
             machine.step(opcode.name, argument, position)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: its pickle is damaged: {type(error).__name__}: {error}") from error
     raise CheckpointError(f"{path}: its pickle has no end")
 

@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.file_bytes import FileBytes, aligned_empty
+from spmd_infer.checkpoints.folder_files import architecture_of, read_config
 from spmd_infer.checkpoints.reader import (
     Index,
     TensorInfo,
-    architecture_of,
     bounds,
     check_shape,
     find_tensor,
-    read_config,
 )
 from spmd_infer.checkpoints.torch_containers import LEGACY_MAGIC, ZIP_MAGIC, Run, open_legacy, open_zip
 from spmd_infer.checkpoints.torch_pickle import entries

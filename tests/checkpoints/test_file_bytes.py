@@ -46,7 +46,8 @@ def test_box_equals_slice_of_the_whole(
     expected = whole[tuple(slice(*w) for w in wanted)]
     assert box.shape == expected.shape
     assert box.tobytes() == expected.tobytes()  # bytes: random floats hold not-a-numbers
-    assert box.flags.c_contiguous and box.flags.writeable
+    assert box.flags.c_contiguous
+    assert box.flags.writeable
     assert box.size == 0 or box.ctypes.data % 64 == 0
 
 
@@ -82,14 +83,14 @@ def test_a_file_that_shrinks_gives_an_error(tmp_path: Path) -> None:
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         FileBytes(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="data: .*failed"):
-        folder = tmp_path / "data"
-        folder.mkdir()
-        FileBytes(folder).fill(np.empty(4, np.uint8), 0)
+    folder = FileBytes(tmp_path)
+    with pytest.raises(CheckpointError, match="reading at byte 0 failed"):
+        folder.fill(np.empty(4, np.uint8), 0)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1 << 20,)])
 def test_aligned_memory(shape: tuple[int, ...]) -> None:
     array = aligned_empty(shape, np.float32)
-    assert array.shape == shape and array.dtype == np.float32
+    assert array.shape == shape
+    assert array.dtype == np.float32
     assert array.ctypes.data % 64 == 0 or array.size == 0

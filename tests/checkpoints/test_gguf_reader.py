@@ -201,7 +201,7 @@ def test_encodings_that_cannot_be_dequantised_are_named(tmp_path: Path) -> None:
 
 def test_parts_of_a_split_file_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "p.gguf", LLAMA | {"split.count": 3, "split.no": 1}, EMBEDDING)
-    with pytest.raises(CheckpointError, match="part 2 of 3; join the parts first"):
+    with pytest.raises(CheckpointError, match=r"part 1 \(counted from 0\) of 3; join the parts first"):
         open_checkpoint(path)
 
 

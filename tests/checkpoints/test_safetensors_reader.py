@@ -135,7 +135,7 @@ def test_hugging_face_cache_links_are_followed_into_their_own_blobs_only(tmp_pat
     [
         ((slice(0, 2, 2),), "slice with step 1"),
         ((3,), "slice with step 1"),
-        ((slice(None),) * 3, "3 slices were given for 2 dimensions"),
+        ((slice(None),) * 3, "3 slices was given for 2 dimensions"),
     ],
 )
 def test_indices_that_do_not_suit(file: Path, index: tuple[slice, ...], message: str) -> None:
@@ -144,5 +144,5 @@ def test_indices_that_do_not_suit(file: Path, index: tuple[slice, ...], message:
 
 
 def test_an_unknown_tensor_gets_the_nearest_names(file: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tensor 'float31'.*nearest names: .*float32"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'float31'.*nearest names: .*float32"):
         open_checkpoint(file).read("float31")

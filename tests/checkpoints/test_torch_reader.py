@@ -24,7 +24,8 @@ def values() -> dict[str, np.ndarray]:
 def test_every_layout_and_dtype(file: str, values: dict[str, np.ndarray]) -> None:
     reader = open_checkpoint(FILES / file)
     assert reader.stored == "pth"
-    assert reader.config == {} and reader.architecture is None
+    assert reader.config == {}
+    assert reader.architecture is None
     assert len(reader.tensors) == 23
     for name, info in reader.tensors.items():
         expected = values[name]

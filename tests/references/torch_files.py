@@ -20,7 +20,7 @@ def tensors() -> "OrderedDict[str, torch.Tensor]":
     torch.manual_seed(0)
     base = torch.randn(6, 8)
     line = torch.arange(40, dtype=torch.int64)
-    result = OrderedDict(
+    return OrderedDict(
         matrix=base,
         transposed=base.t(),  # shares its storage with matrix
         row=base[2],
@@ -45,7 +45,6 @@ def tensors() -> "OrderedDict[str, torch.Tensor]":
         complex64=torch.complex(torch.randn(3), torch.randn(3)),
         parameter=torch.nn.Parameter(torch.randn(2, 2)),
     )
-    return result
 
 
 def as_numpy(tensor: torch.Tensor) -> "np.ndarray[Any, Any]":
