@@ -132,13 +132,13 @@ def test_any_batch_and_length_through_one_engine() -> None:
     traffic = Workload(sizes={"seq": 8})
     engine = Engine(random_bert(), mesh="data=2,model=2", inputs=input_spec(SMALL), workload=traffic)
     model = random_bert()
-    for rows, length in ((1, 5), (3, 5), (70, 5), (2, 8)):
+    for rows, length in ((1, 5), (3, 5), (9, 8)):
         ids = some_ids(rows, length, seed=rows)
         result = engine.infer({"input_ids": ids})["last_hidden_state"]
         np.testing.assert_allclose(result, hidden(model, input_ids=ids), atol=TOLERANCE)
     with pytest.raises(BatchError, match="input_ids"):
         engine.infer({"attention_mask": np.ones((1, 4), np.int32)})
-    with pytest.raises(ModelError, match="rows of 33 tokens, but the model has 32 positions"):
+    with pytest.raises(BatchError, match="rows of 33 tokens, but the model has 32 positions"):
         engine.infer({"input_ids": some_ids(1, 33)})
 
 
