@@ -98,4 +98,4 @@ def cache_bucket(length: int, context_len: int) -> int:
     bucket = _SMALLEST_LEN
     while bucket < length:
         bucket *= 2
-    return min(bucket, max(context_len, length))
+    return min(bucket, context_len)
