@@ -55,9 +55,11 @@ class Classify:
                 f"classify takes an image classifier of the zoo ({', '.join(_PREPROCESSING)}), but the engine holds "
                 f"{said}; use engine.infer with preprocessed tensors"
             )
+        config: Any = engine.config
         self._engine = engine
-        self._preprocess = _PREPROCESSING[family.name](engine.config)
-        self.names = class_names(engine.config.num_classes, engine.reader.config if engine.reader else {})
+        self._preprocess = _PREPROCESSING[family.name](config)
+        self._num_classes: int = config.num_classes
+        self.names = class_names(self._num_classes, engine.reader.config if engine.reader else {})
 
     def __call__(self, images: Sequence[Picture] | npt.NDArray[Any], top: int = 5) -> list[list[Label]]:
         """The most probable classes of each picture.
@@ -73,9 +75,8 @@ class Classify:
             TaskError: ``top`` is not from 1 to the number of classes.
             BatchError: there are no pictures, or one cannot be read; names it.
         """
-        num_classes = self._engine.config.num_classes
-        if not 1 <= top <= num_classes:
-            raise TaskError(f"top={top}: the model has {num_classes} classes; ask for 1 to {num_classes}")
+        if not 1 <= top <= self._num_classes:
+            raise TaskError(f"top={top}: the model has {self._num_classes} classes; ask for 1 to {self._num_classes}")
         if isinstance(images, (str, os.PathLike, Image.Image)):
             raise BatchError(f"classify takes a list of pictures, but got one {type(images).__name__}: write [picture]")
         if isinstance(images, np.ndarray) and images.ndim < (3 if self._preprocess.channels == 1 else 4):

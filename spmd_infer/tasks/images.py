@@ -22,7 +22,7 @@ from spmd_infer.errors import BatchError
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[Any]"
 """A path, a Pillow image, or an array of pixels."""
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,11 @@ class Preprocessing:
         if image.mode != "F":  # F: grey in floating point, from an array
             image = image.convert("RGBA") if image.mode in ("P", "PA") else image
             image = image.convert("RGB" if self.channels == 3 else "L")
-        if self.crop_padding is None:
-            box = (0.0, 0.0, float(image.width), float(image.height))
-        else:
+        if self.crop_padding is not None:
             side = int(min(image.size) * self.size / (self.size + self.crop_padding)) or 1
             left, top = (image.width - side + 1) // 2, (image.height - side + 1) // 2
-            box = (float(left), float(top), float(left + side), float(top + side))
-        return np.asarray(image.resize((self.size, self.size), self.resample, box=box), np.float32)
+            image = image.crop((left, top, left + side, top + side))
+        return np.asarray(image.resize((self.size, self.size), self.resample), np.float32)
 
     def _from_array(self, array: npt.NDArray[Any], name: str) -> Image.Image:
         pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array

@@ -1,4 +1,4 @@
-"""The small CNN: right, and the same however image, batch and channels are split, at the price that the layout implies."""
+"""The small CNN: right, the same however it is split, and with the collectives that the split implies."""
 
 from collections import Counter
 from pathlib import Path

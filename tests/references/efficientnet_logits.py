@@ -2,8 +2,8 @@
 
     python tests/references/efficientnet_logits.py EFFICIENTNET_LITE0_PTH
 
-Needs torch, the package efficientnet_lite_pytorch 0.1.0 (both in the extra `parity`) and the demo weights. lite0 has its
-real weights; lite1 and lite4 have weights that `tests/references/efficientnet_weights.py` makes from their names.
+Needs torch, the package efficientnet_lite_pytorch 0.1.0 (both in the extra `parity`) and the demo weights. lite0 has
+its real weights; lite1 and lite4 have weights that `tests/references/efficientnet_weights.py` makes from their names.
 """
 
 import sys
