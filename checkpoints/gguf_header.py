@@ -7,7 +7,6 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,4 +231,4 @@ class _Cursor:
 
 def is_gguf(head: bytes) -> bool:
     """Whether a file that begins with these bytes is a GGUF file."""
-    return head[: len(MAGIC)] == struct.pack("4s", MAGIC)
+    return head.startswith(MAGIC)

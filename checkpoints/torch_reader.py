@@ -24,6 +24,7 @@ from spmd_infer.checkpoints.torch_pickle import entries
 from spmd_infer.checkpoints.torch_records import TensorRecord
 from spmd_infer.errors import CheckpointError
 
+HUGGING_FACE_STEM = "pytorch_model"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 
 # Where training scripts put the state dict when they save more than it.
@@ -61,7 +62,9 @@ class TorchReader:
             )
             for name, record in self._records.items()
         }
-        self.config: dict[str, Any] = read_config(self.folder)
+        # Beside any other name a config.json may be anyone's.
+        is_hugging_face = path.name.startswith(HUGGING_FACE_STEM)
+        self.config: dict[str, Any] = read_config(self.folder) if is_hugging_face else {}
         self.architecture = architecture_of(self.config)
         self.metadata: dict[str, Any] = {}
 

@@ -45,7 +45,9 @@ def test_folder_with_one_file_of_another_format(tmp_path: Path) -> None:
     reader = open_checkpoint(tmp_path)
     assert reader.stored == "pth"
     assert reader.architecture == "Net"
+    # Beside a file of another name, a config.json may be anyone's.
     (tmp_path / "other.pth").write_bytes((TORCH_FILES / "module.pth").read_bytes())
+    assert open_checkpoint(tmp_path / "other.pth").config == {}
     with pytest.raises(CheckpointError, match=r"2 checkpoint files \(other\.pth, pytorch_model\.bin\)"):
         open_checkpoint(tmp_path)
 

@@ -183,6 +183,7 @@ def test_every_problem_is_listed_at_once(reader: Reader) -> None:
     file = reader.path
     assert first == f"{file}: 8 of the model's 8 parameters cannot be loaded:"
     dense, bias = f"'dense' float32[16, 24] stored as F32 in {file}", f"'bias' float32[24] stored as F32 in {file}"
+    scales = "its values are to be multiplied by 'fp8_scale_inv', which a cast would ignore"
     assert lines == [
         "  extra: read from 'bias', but the model has no such parameter",
         "  missing: expected float32[16, 24] from tensor 'dents', which the checkpoint does not have",
@@ -190,8 +191,7 @@ def test_every_problem_is_listed_at_once(reader: Reader) -> None:
         f"  turned: expected float32[16, 24], found {dense} (transposed: [24, 16])",
         f"  rank: expected float32[24] with dimensions (1, 0) of {bias}, which has 1 dimensions",
         f"  kind: expected float32[8], found 'ids' int64[8] stored as I64 in {file}; int64 is not cast to float32",
-        f"  scaled: expected float32[8, 8], found 'fp8' float8_e4m3fn[8, 8] stored as F8_E4M3 in {file}; its values "
-        + "are to be multiplied by 'fp8_scale_inv', which a cast would ignore",
+        f"  scaled: expected float32[8, 8], found 'fp8' float8_e4m3fn[8, 8] stored as F8_E4M3 in {file}; {scales}",
         "  unmapped: no place in the checkpoint is known for it",
     ]
     assert watched.reads == []
@@ -200,6 +200,8 @@ def test_every_problem_is_listed_at_once(reader: Reader) -> None:
 def test_casts_that_lose_values_are_refused(reader: Reader) -> None:
     with pytest.raises(CheckpointError, match=r"'large' has values up to 1e\+06, which overflow float16"):
         load_onto(reader, {"a": Source("large")}, {"a": jax.ShapeDtypeStruct((2,), jnp.float16)})
+    with pytest.raises(CheckpointError, match="'large' has values up to .* overflow float8_e4m3fn"):
+        load_onto(reader, {"a": Source("large")}, {"a": jax.ShapeDtypeStruct((2,), jnp.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match="'far' has values from 1099511627776 to 1099511627776, which overflow"):
         load_onto(reader, {"a": Source("far")}, {"a": jax.ShapeDtypeStruct((1,), jnp.int32)})
     narrow = load_onto(reader, {"a": Source("ids")}, {"a": jax.ShapeDtypeStruct((8,), jnp.int32)})["a"]

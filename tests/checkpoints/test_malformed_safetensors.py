@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from spmd_infer.checkpoints import open_checkpoint
@@ -87,6 +89,29 @@ def test_the_sound_file_opens(tmp_path: Path) -> None:
     file = tmp_path / "good.safetensors"
     file.write_bytes(SOUND)
     assert list(open_checkpoint(file).tensors) == ["a", "b"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_changed_bytes_never_do_worse_than_a_checkpoint_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray(SOUND)
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    tracemalloc.start()
+    try:
+        reader = open_checkpoint(file)
+        for name in reader.tensors:
+            reader.read(name)
+    except CheckpointError:
+        pass
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < SLACK
 
 
 def _index(folder: Path, weight_map: Any, **others: Any) -> None:

@@ -328,6 +328,27 @@ def test_the_sound_files_open(content: bytes, tmp_path: Path) -> None:
     assert reader.read("w").tobytes() == bytes(24)
 
 
+def test_views_of_storages_in_old_files(tmp_path: Path) -> None:
+    whole, part = b"\x4e", group(text("1"), number(2), number(3))
+
+    def place(view: bytes) -> bytes:
+        return group(text("storage"), name("torch", "FloatStorage"), text("0"), text("cpu"), number(6), view) + PERSID
+
+    both = state(
+        *(text("whole"), tensor(place(whole))),
+        *(text("part"), tensor(place(part), offset=number(1), shape=(2,), strides=(1,))),
+    )
+    path = tmp_path / "views.pth"
+    path.write_bytes(legacy(both, data=struct.pack("<q6f", 6, *range(6))))
+    assert open_checkpoint(path).read("whole").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert open_checkpoint(path).read("part").tolist() == [3, 4]
+    beyond = state(text("part"), tensor(place(part), shape=(4,), strides=(1,)))
+    assert "leaves its storage of 12 bytes" in refused(legacy(beyond), tmp_path / "bad.pth")
+    outside = group(text("1"), number(4), number(3))
+    beyond = state(text("part"), tensor(place(outside), shape=(1,), strides=(1,)))
+    assert "a view of 3 elements from 4 on leaves its storage of 6" in refused(legacy(beyond), tmp_path / "bad.pth")
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(["zip.pth", "legacy.pth", "module_protocol4.pth"]), st.data())
 def test_changed_bytes_never_do_worse_than_a_checkpoint_error(
