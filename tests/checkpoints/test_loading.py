@@ -200,7 +200,7 @@ def test_every_problem_is_listed_at_once(reader: Reader) -> None:
 def test_casts_that_lose_values_are_refused(reader: Reader) -> None:
     with pytest.raises(CheckpointError, match=r"'large' has values up to 1e\+06, which overflow float16"):
         load_onto(reader, {"a": Source("large")}, {"a": jax.ShapeDtypeStruct((2,), jnp.float16)})
-    with pytest.raises(CheckpointError, match="'large' has values up to .* overflow float8_e4m3fn"):
+    with pytest.raises(CheckpointError, match=r"'large' has values up to .* overflow float8_e4m3fn"):
         load_onto(reader, {"a": Source("large")}, {"a": jax.ShapeDtypeStruct((2,), jnp.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match="'far' has values from 1099511627776 to 1099511627776, which overflow"):
         load_onto(reader, {"a": Source("far")}, {"a": jax.ShapeDtypeStruct((1,), jnp.int32)})
