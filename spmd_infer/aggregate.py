@@ -148,17 +148,23 @@ class _Extreme(Aggregate):
         """The extreme of the rows that count."""
         counted = weights.reshape((-1,) + (1,) * (x.ndim - 1)) != 0
         if self.largest:
-            return Partial({"value": jnp.max(x, axis=0, where=counted, initial=_lowest(x.dtype))})
-        return Partial({"value": jnp.min(x, axis=0, where=counted, initial=_highest(x.dtype))})
+            value = jnp.max(x, axis=0, where=counted, initial=_lowest(x.dtype))
+        else:
+            value = jnp.min(x, axis=0, where=counted, initial=_highest(x.dtype))
+        # NaN is followed apart: an all-reduce of maxima may lose it (seen on CPU).
+        return Partial({"value": value, "nan": jnp.any(jnp.isnan(x) & counted, axis=0)})
 
     def merge(self, first: Partial, second: Partial) -> Partial:
         """The extreme of both."""
         choose = np.maximum if self.largest else np.minimum
-        return Partial({"value": choose(first["value"], second["value"])})
+        return Partial({"value": choose(first["value"], second["value"]), "nan": first["nan"] | second["nan"]})
 
     def finish(self, partial: Partial) -> Any:
-        """The extreme."""
-        return partial["value"]
+        """The extreme, or NaN."""
+        value, nan = partial["value"], partial["nan"]
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        return (jnp.where if isinstance(value, jax.Array) else np.where)(nan, value.dtype.type(np.nan), value)
 
 
 def _lowest(dtype: Any) -> Any:

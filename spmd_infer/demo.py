@@ -84,15 +84,6 @@ def demo_path(name: str) -> Path:
     return path
 
 
-def resolve(path: str | Path) -> Path:
-    """``path``, or the demo it names when it starts with ``demo:``.
-
-    Raises:
-        CheckpointError: a demo that is unknown or not installed.
-    """
-    return demo_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
-
-
 def imagenet_pictures(folder: Path | None = None) -> list[tuple[Path, int]]:
     """The labelled ImageNet pictures of ``demo:imagenet``, in the order of their numbers.
 

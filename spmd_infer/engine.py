@@ -28,7 +28,7 @@ from spmd_infer.opening import OpenedModel, open_model
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.resolve import MeshLike, platform_of, resolve_mesh
 from spmd_infer.planning.search import Workload
-from spmd_infer.programs import Programs
+from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner
 from spmd_infer.signature import Signature
 from spmd_infer.task_table import find_task
@@ -118,7 +118,8 @@ class Engine:
         """Read a checkpoint of a zoo model straight onto a mesh.
 
         Args:
-            path: a Hugging Face folder, or a ``.safetensors``, ``.gguf`` or ``.pth`` file.
+            path: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo
+                such as ``demo:smollm2``.
             mesh: as for ``Engine``.
             dtype: load floating-point weights in this dtype; default as stored, quantised ones in float32 on CPU and
                 bfloat16 elsewhere.
@@ -243,6 +244,11 @@ class Engine:
             return jnp.zeros(array.shape, array.dtype, device=sharding)
         placed: jax.Array = jax.device_put(array, sharding)
         return placed
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs compiled so far, for a look at their HLO and memory."""
+        return self._programs.finished()
 
     @property
     def compiles(self) -> int:

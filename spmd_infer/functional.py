@@ -22,7 +22,7 @@ Params = dict[str, Any]
 """Arrays (or ``jax.ShapeDtypeStruct``) by parameter path, such as ``"layers.0.mlp.up_proj.weight"``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelFunction:
     """A model without hidden state.
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from spmd_infer.axes import KV_HEADS, SEQ
 from spmd_infer.checkpoints import Reader, open_checkpoint
+from spmd_infer.demo import PREFIX, demo_path
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
@@ -55,7 +56,8 @@ def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu") ->
     """Open a checkpoint and find its model.
 
     Args:
-        path: a Hugging Face folder, or a ``.safetensors``, ``.gguf`` or ``.pth`` file.
+        path: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo such
+            as ``demo:smollm2``.
         dtype: load floating-point weights in this dtype. By default they keep the dtype that they are stored in;
             quantised ones become float32 on CPU and bfloat16 elsewhere.
         platform: where the weights will live.
@@ -65,7 +67,7 @@ def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu") ->
         ModelError: no family answers to it, or the dtype is not a floating-point one.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(demo_path(path) if isinstance(path, str) and path.startswith(PREFIX) else path)
     shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
     family, config = find_family(reader.architecture, shapes)
     if config is None:

@@ -43,10 +43,6 @@ def test_missing_wheel_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> N
         demo.demo_path("demo:smollm2")
 
 
-def test_plain_paths_pass_through() -> None:
-    assert demo.resolve("somewhere/else") == Path("somewhere/else")
-
-
 def test_versions_are_those_of_the_requirements_file() -> None:
     pinned = set(re.findall(r"^([\w-]+==[\d.]+)", (ROOT / "requirements/demo.txt").read_text(), re.MULTILINE))
     assert pinned == {entry.requirement for entry in (demo.MODELS | demo.DATA).values()}

@@ -121,7 +121,7 @@ def make_plan(
         weights=layouts,
         workload=workload.describe(inputs),
         given=mesh is not None,
-        notes=tuple(_notes(layouts, chosen.mesh)),
+        notes=(*([planner.untraced] if planner.untraced else []), *_notes(layouts, chosen.mesh)),
     )
 
 
@@ -132,12 +132,20 @@ class _Planner:
         self._model, self._cluster, self._inputs = model, cluster, inputs
         self._workload, self._rules = workload, rules
         self._works: dict[int, Work] = {}
+        self.untraced = ""
 
     def estimate(self, mesh: MeshSpec) -> MeshCost:
         data = mesh.shape.get(DATA, 1)
         rows = -(-self._workload.rows // data) * data
-        if self._inputs is not None and rows not in self._works:
-            self._works[rows] = read_work(self._model, *self._workload.batch(self._inputs, rows))
+        if self._inputs is not None and rows not in self._works and not self.untraced:
+            try:
+                self._works[rows] = read_work(self._model, *self._workload.batch(self._inputs, rows))
+            except Exception as error:  # the model's own code may refuse sizes that only its caller knows
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self.untraced = (
+                    f"planned from the weights alone: {self._model.name} failed on "
+                    f"{self._workload.describe(self._inputs)}: {reason}"
+                )
         return cost_of(
             mesh,
             self._rules,
@@ -240,7 +248,7 @@ def _notes(layouts: tuple[WeightLayout, ...], mesh: MeshSpec) -> list[str]:
     if bare and mesh.shape.get(MODEL, 1) > 1:
         split = [layout for layout in bare if layout.parts > 1]
         notes.append(
-            f"{len(bare)} of {len(layouts)} weights name no axes: {len(split)} are split over {MODEL} along their "
-            f"largest divisible dimension, {len(bare) - len(split)} stay whole"
+            f"{len(bare)} of {len(layouts)} weights name no axes. Split over {MODEL} along the largest dimension that "
+            f"divides: {len(split)}; whole because small or indivisible: {len(bare) - len(split)}"
         )
     return notes
