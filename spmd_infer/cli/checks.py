@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import stat
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 from spmd_infer.cli.accelerators import Finding, check_devices, jax_devices, visible_gpus
+from spmd_infer.compile_cache import VARIABLE, default_folder, problem_of
 
 PACKAGES = (
     "spmd-infer", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "flax", "numpy", "ml_dtypes",
@@ -31,7 +31,7 @@ def check_all(timeout: float) -> list[Finding]:
         *check_packages(),
         *check_host(),
         *check_devices(devices, visible_gpus()),
-        *check_compile_cache(os.environ.get("JAX_COMPILATION_CACHE_DIR")),
+        *check_compile_cache(),
         *check_demos(),
         *check_variables(dict(os.environ)),
     ]
@@ -81,23 +81,21 @@ def _cgroup_memory_limit() -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def check_compile_cache(folder: str | None) -> Iterator[Finding]:
+def check_compile_cache() -> Iterator[Finding]:
     """The compile cache holds programs that will be run, so nobody else may write there."""
-    if not folder:
-        yield Finding("compile cache", "off", "ok", "JAX_COMPILATION_CACHE_DIR=<private folder> saves compiling again")
+    said = os.environ.get(VARIABLE, "")
+    if said.lower() == "off":
+        yield Finding("compile cache", f"off ({VARIABLE})", "hint", "programs are compiled anew by every command")
         return
-    path = Path(folder)
-    if not path.exists():
-        yield Finding("compile cache", f"{folder} does not exist yet", "hint", f"mkdir -m 700 {folder}")
-        return
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        found = f"{folder} can be written by others ({stat.filemode(status.st_mode)}, owner {status.st_uid})"
-        yield Finding("compile cache", found, "problem", f"what lies there is run: chmod 700 {folder}, owned by you")
-    elif not os.access(path, os.W_OK):
-        yield Finding("compile cache", f"{folder} cannot be written", "problem", "choose a folder that you can write")
+    path = Path(said).expanduser() if said else default_folder()
+    problem = problem_of(path)
+    if problem is not None:
+        yield Finding("compile cache", f"{path} {problem}", "problem", f"or choose another folder: {VARIABLE}=...")
+    elif not path.exists():
+        yield Finding("compile cache", f"{path}, made when it is first needed")
     else:
-        yield Finding("compile cache", f"{folder}, {len(list(path.iterdir()))} entries")
+        sizes = [file.stat().st_size for file in path.iterdir() if file.is_file()]
+        yield Finding("compile cache", f"{path}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB")
 
 
 def check_demos() -> Iterator[Finding]:

@@ -49,7 +49,7 @@ def generate(
         stop=tuple(stop or ()),
     )
     begin = time.perf_counter()
-    completions = engine.generate(found, params, chat=chat, on_text=None if as_json else _printer(found))
+    completions = engine.generate(found, params, chat=chat, on_text=None if as_json else _printer(found, chat))
     seconds = time.perf_counter() - begin
     new = sum(len(completion.token_ids) for completion in completions)
 
@@ -64,6 +64,8 @@ def generate(
                         "token_ids": completion.token_ids,
                         "finish_reason": completion.finish_reason,
                         "prompt_tokens": completion.prompt_tokens,
+                        "ttft_s": completion.ttft_s,
+                        "decode_tokens_per_s": completion.decode_tokens_per_s,
                     }
                     for prompt, completion in zip(found, completions, strict=True)
                 ],
@@ -74,16 +76,17 @@ def generate(
         typer.echo("")
     else:
         for prompt, completion in zip(found, completions, strict=True):
-            typer.echo(f"{prompt}{completion.text}\n")
+            typer.echo(f"{prompt}\n{completion.text}\n" if chat else f"{prompt}{completion.text}\n")
     note(f"{new} tokens: {timing(engine, seconds)}")
 
 
-def _printer(prompts: list[str]) -> Callable[[int, str], None] | None:
+def _printer(prompts: list[str], chat: bool) -> Callable[[int, str], None] | None:
     """Writes text as it comes; several prompts would mix, so only for one."""
     if len(prompts) > 1:
         return None
-    sys.stdout.write(prompts[0])
-    sys.stdout.flush()
+    if not chat:
+        sys.stdout.write(prompts[0])
+        sys.stdout.flush()
 
     def write(_: int, text: str) -> None:
         sys.stdout.write(text)

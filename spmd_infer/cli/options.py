@@ -82,14 +82,13 @@ def load(model: str, mesh: str, devices: int | None, dtype: str | None, *, quiet
     Raises:
         SpmdInferError: the checkpoint, mesh or dtype cannot be used.
     """
-    from spmd_infer.demo import resolve
-
     begin = time.perf_counter()
-    path = resolve(model)
     use_devices(devices)
+    from spmd_infer.compile_cache import use_compile_cache
     from spmd_infer.engine import Engine
 
-    engine = Engine.load(path, mesh=mesh, dtype=dtype)
+    use_compile_cache()
+    engine = Engine.load(model, mesh=mesh, dtype=dtype)
     if not quiet:
         note(
             f"{model} on mesh {engine.plan.mesh} of {engine.plan.cluster}, {time.perf_counter() - begin:.1f} s to load"

@@ -33,12 +33,9 @@ def plan(
 
     Lists what each mesh costs and why it was rejected. Needs none of the devices that it plans for.
     """
-    from spmd_infer.demo import resolve
-
-    path = resolve(model)
     from spmd_infer import plan as make_plan
 
-    made = make_plan(path, devices=devices, hosts=hosts, batch=batch, length=length, mesh=mesh, dtype=dtype)
+    made = make_plan(model, devices=devices, hosts=hosts, batch=batch, length=length, mesh=mesh, dtype=dtype)
     if as_json:
         print_json(made.to_dict())
     else:

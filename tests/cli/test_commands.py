@@ -19,8 +19,12 @@ VERBS = ("infer", "generate", "embed", "classify", "plan", "doctor")
 def run(
     *arguments: str, cwd: Path | None = None, stdin: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``spmd-infer`` in an environment without settings of ours."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SPMD_INFER_", "JAX_", "XLA_"))}
+    """Run ``spmd-infer`` in an environment without settings, except for the compile cache of these tests."""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("SPMD_INFER_", "JAX_", "XLA_")) or key == "SPMD_INFER_COMPILE_CACHE"
+    }
     return subprocess.run(
         [*COMMAND, *arguments],
         input=stdin,

@@ -41,16 +41,18 @@ def test_gpus_that_jax_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "spmd-infer[cuda13]" in problem[0].advice
 
 
-def test_compile_cache_that_others_can_write(tmp_path: Path) -> None:
+def test_compile_cache_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def level(folder: str) -> str:
+        monkeypatch.setenv("SPMD_INFER_COMPILE_CACHE", folder)
+        (finding,) = checks.check_compile_cache()
+        return finding.level
+
     tmp_path.chmod(0o777)
-    (finding,) = checks.check_compile_cache(str(tmp_path))
-    assert finding.level == "problem"
-    assert "chmod 700" in finding.advice
+    assert level(str(tmp_path)) == "problem"
     tmp_path.chmod(0o700)
-    (finding,) = checks.check_compile_cache(str(tmp_path))
-    assert finding.level == "ok"
-    (finding,) = checks.check_compile_cache(str(tmp_path / "absent"))
-    assert finding.level == "hint"
+    assert level(str(tmp_path)) == "ok"
+    assert level(str(tmp_path / "absent")) == "ok"
+    assert level("off") == "hint"
 
 
 def test_secrets_are_not_shown_and_nonsense_is_reported() -> None:

@@ -84,17 +84,18 @@ def test_embed_ranks_and_writes(minilm: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)  # float32 rounding of a norm
 
 
+@pytest.mark.slow
 def test_generate_streams_the_reference_answer(smollm2: Path) -> None:
-    command = ["generate", str(smollm2), "The capital of France is", "--max-tokens", "12", "--dtype", "float32"]
+    command = ["generate", str(smollm2), "The capital of France is", "--max-tokens", "16", "--dtype", "float32"]
     answer = run(*command)
     assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.startswith("The capital of France is Paris.\nThe answer is: 2018-01")
+    assert answer.stdout == "The capital of France is Paris.\n\nThe answer is: 2018-01\n"
 
     answer = run(*command, "Water boils at", "--json", "--devices", "2")
     assert answer.returncode == 0, answer.stderr
     first, second = json.loads(answer.stdout)["completions"]
-    assert first["text"].startswith(" Paris.\nThe answer is: 2018-01")
-    assert len(first["token_ids"]) == 12
+    assert first["text"] == " Paris.\n\nThe answer is: 2018-01"
+    assert len(first["token_ids"]) == 16
     assert first["finish_reason"] == "length"
     assert second["prompt"] == "Water boils at"
 
