@@ -173,7 +173,7 @@ class Generate:
     def _encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
+        if len(prompt) and isinstance(prompt[0], Mapping):
             text = self.tokenizer.chat([message for message in prompt if isinstance(message, Mapping)])
             return self.tokenizer.encode(text, add_special=False)  # the template writes them itself
         return [int(value) for value in prompt if not isinstance(value, Mapping)]

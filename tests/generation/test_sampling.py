@@ -16,7 +16,9 @@ VOCAB = 40
 DRAWS = 4000
 
 
-def choose(logits: np.ndarray, params: list[SamplingParams], steps: np.ndarray, eos: tuple[int, ...] = ()) -> np.ndarray:
+def choose(
+    logits: np.ndarray, params: list[SamplingParams], steps: np.ndarray, eos: tuple[int, ...] = ()
+) -> np.ndarray:
     arrays = SamplingArrays(**sampling_arrays(params, eos))
     return np.asarray(jax.jit(sample)(logits.astype(np.float32), arrays, steps.astype(np.int32)))
 
@@ -42,7 +44,16 @@ def logits() -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 7, 1.0), (1.3, 1, 1.0), (1.0, 0, 0.8), (1.5, 0, 0.3), (2.0, 9, 0.7)],
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (2.0, 0, 1.0),
+        (1.0, 7, 1.0),
+        (1.3, 1, 1.0),
+        (1.0, 0, 0.8),
+        (1.5, 0, 0.3),
+        (2.0, 9, 0.7),
+    ],
 )
 def test_distribution_equals_numpy(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> None:
     # Half the draws differ in seed, half in step: both must make independent draws.
@@ -107,7 +118,9 @@ def test_greedy_takes_the_likeliest(logits: np.ndarray) -> None:
 
 def test_seedless_requests_differ(logits: np.ndarray) -> None:
     flat = np.zeros((2, VOCAB), np.float32)
-    draws = np.stack([choose(flat, [SamplingParams(temperature=1.0)] * 2, np.array([step, step])) for step in range(20)])
+    draws = np.stack(
+        [choose(flat, [SamplingParams(temperature=1.0)] * 2, np.array([step, step])) for step in range(20)]
+    )
     assert (draws[:, 0] != draws[:, 1]).any()
 
 
