@@ -169,7 +169,7 @@ def rope_frequencies(config: Config) -> npt.NDArray[np.float32]:
     if scaling is None:
         return frequencies.astype(np.float32)
     if scaling.kind == "frequency_factors":
-        return (frequencies / np.array(scaling.factors)).astype(np.float32)
+        return (frequencies / np.array(scaling.factors, np.float64)).astype(np.float32)
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
     turns = scaling.original_context_len * frequencies / (2 * math.pi)  # of each wave within the pretraining's context
