@@ -73,7 +73,8 @@ class Work:
 
     Attributes:
         products: in the order of execution.
-        lives: ``(value, first, last)`` of each intermediate result: the positions between which it is alive.
+        lives: ``(value, first, last)`` of each intermediate result: the positions between which it is alive. Inputs and
+            results are not among them.
         inputs: the batch's arrays.
         outputs: the results.
     """
@@ -153,12 +154,11 @@ class _Reader:
         return [look(atom) for atom in jaxpr.outvars]
 
     def close(self, outputs: Sequence[Value]) -> None:
-        """Write down how long each value lived; results live to the end."""
-        self._clock += 1
-        for value in outputs:
-            self._use(value)
+        """Write down how long each value lived. Results are not among them: they have memory of their own."""
+        results = {self._source.get(id(value), id(value)) for value in outputs}
         for identity, (value, first) in self._born.items():
-            self.work.lives.append((value, first, self._used.get(identity, first)))
+            if identity not in results:
+                self.work.lives.append((value, first, self._used.get(identity, first)))
 
     def _apply(self, equation: Any, operands: list[Value], times: int) -> list[Value]:
         name, params = equation.primitive.name, equation.params
