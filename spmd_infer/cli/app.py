@@ -24,7 +24,8 @@ An option on the command line wins over its environment variable, that over the 
 default.
 
 Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong command line or configuration; 3 the
-checkpoint or model cannot be used; 4 the input is refused; 5 no mesh or plan works, or the model does not fit; 6 doctor
+checkpoint or model cannot be used; 4 the input is refused, or a file cannot be
+read or written; 5 no mesh or plan works, or the model does not fit; 6 doctor
 found a problem; 130 interrupted.
 """
 
@@ -79,7 +80,10 @@ def main() -> None:
     except (SpmdInferError, OSError) as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, SpmdInferError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(exit_code(error))
+        if error.filename is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(exit_code(error) if isinstance(error, SpmdInferError) else UNUSABLE_MODEL)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(REFUSED_INPUT)

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; without any, lines of standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="File with one prompt a line.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="File with one prompt a line.",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens for each prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0 for all.")] = 0,

@@ -13,7 +13,9 @@ from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, loa
 
 def classify(
     model: Model,
-    images: Annotated[list[Path], typer.Argument(help="Picture files: JPEG, PNG and what else Pillow reads.")],
+    images: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="Picture files, such as JPEG and PNG.")
+    ],
     top: Annotated[int, typer.Option(min=1, help="How many labels to show for each picture.")] = 5,
     mesh: Mesh = "auto",
     devices: Devices = None,
@@ -22,9 +24,6 @@ def classify(
     debug: Debug = False,
 ) -> None:
     """Name what pictures show, best guess first."""
-    for image in images:
-        if not image.is_file():
-            raise typer.BadParameter(f"there is no file {image}", param_hint="IMAGES")
     engine = load(model, mesh, devices, dtype, quiet=as_json)
     begin = time.perf_counter()
     answers = engine.classify(images, top=top)

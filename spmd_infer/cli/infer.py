@@ -23,7 +23,11 @@ def infer(
     model: Model,
     batch: Annotated[
         Path,
-        typer.Argument(help="A .npz file with one array for each input, or a .npy file where the model has one input."),
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="A .npz file with one array for each input, or a .npy file where the model has one input.",
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the results to this .npz file.", show_default=False)

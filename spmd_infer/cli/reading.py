@@ -9,7 +9,7 @@ import typer
 
 
 def read_texts(arguments: list[str] | None, file: Path | None, what: str) -> list[str]:
-    """Texts given as arguments, else one a line from ``file`` (``-`` for standard input), else from a pipe.
+    """Texts given as arguments, else one a line from ``file``, else from a pipe.
 
     Raises:
         typer.BadParameter: there are none, or both arguments and a file.
@@ -18,12 +18,10 @@ def read_texts(arguments: list[str] | None, file: Path | None, what: str) -> lis
         raise typer.BadParameter(f"give {what} as arguments or with --file, not both")
     if arguments:
         return arguments
-    if file is not None and str(file) != "-":
+    if file is not None:
         text = file.read_text(encoding="utf-8")
-    elif file is not None or not sys.stdin.isatty():
-        text = sys.stdin.read()
     else:
-        text = ""
+        text = "" if sys.stdin.isatty() else sys.stdin.read()
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise typer.BadParameter(f"no {what}: give them as arguments, with --file, or one a line on standard input")

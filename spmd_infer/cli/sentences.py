@@ -15,7 +15,15 @@ from spmd_infer.cli.reading import read_texts
 def embed(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="File with one text a line.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="File with one text a line.",
+            show_default=False,
+        ),
+    ] = None,
     query: Annotated[
         str | None, typer.Option(help="Rank the texts by their similarity to this one.", show_default=False)
     ] = None,

@@ -84,6 +84,14 @@ def test_embed_ranks_and_writes(minilm: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)  # float32 rounding of a norm
 
 
+def test_a_file_that_cannot_be_written(minilm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "absent" / "vectors.npz"
+    answer = run("embed", str(minilm), "x", "-o", str(output))
+    assert answer.returncode == 4, answer.stderr
+    assert f"{output}.part: No such file or directory" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
 @pytest.mark.slow
 def test_generate_streams_the_reference_answer(smollm2: Path) -> None:
     command = ["generate", str(smollm2), "The capital of France is", "--max-tokens", "16", "--dtype", "float32"]
