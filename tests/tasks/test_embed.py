@@ -57,7 +57,7 @@ def test_same_vectors_on_every_mesh(mesh_text: str, minilm: Path) -> None:
     sharded = Engine.load(minilm, mesh=mesh_text)
     np.testing.assert_allclose(sharded.embed(SENTENCES * 5), np.tile(FIXTURE["embeddings"], (5, 1)), atol=TOLERANCE)
     report = sharded.task("embed").last_report
-    assert report.imbalance <= 1.6  # 25 texts of 4 to 22 tokens; in order of length it would be 2.2
+    assert report.imbalance <= 1.05  # dealt out as they come, the texts would be 1.52 apart over 8 shards
     assert report.texts == 25
 
 
