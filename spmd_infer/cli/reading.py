@@ -18,10 +18,11 @@ def read_texts(arguments: list[str] | None, file: Path | None, what: str) -> lis
         raise typer.BadParameter(f"give {what} as arguments or with --file, not both")
     if arguments:
         return arguments
+    text = ""
     if file is not None:
         text = file.read_text(encoding="utf-8")
-    else:
-        text = "" if sys.stdin.isatty() else sys.stdin.read()
+    elif not sys.stdin.isatty():
+        text = sys.stdin.read()
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise typer.BadParameter(f"no {what}: give them as arguments, with --file, or one a line on standard input")
