@@ -75,6 +75,11 @@ class Family:
         sizes: Any = config
         return int(2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize)
 
+    def context_len(self, config: ModelConfig) -> int | None:
+        """The longest row that a model of text takes; None where rows have no length."""
+        found = getattr(config, "context_len", getattr(config, "max_positions", None))
+        return None if found is None else int(found)
+
     def name_table(self, config: ModelConfig, stored: str) -> dict[str, Source]:
         """Each weight's place in a checkpoint.
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 from spmd_infer.errors import AxisError
@@ -25,11 +27,20 @@ if TYPE_CHECKING:
 STAGE, DATA, MEMBER, SEQUENCE, EXPERT, MODEL = "stage", "data", "member", "seq", "expert", "model"
 MESH_AXES = (STAGE, DATA, MEMBER, SEQUENCE, EXPERT, MODEL)
 
+MeshAxes = str | tuple[str, ...] | None
+"""What a logical axis is split over: one mesh axis, several (the first one outermost), or none."""
+
 # Logical axes of activations.
 BATCH = "batch"
 SEQ = "seq"
 HEIGHT = "height"
 WIDTH = "width"
+
+# Logical axes of activations inside attention, which may be laid out otherwise than outside it.
+ATTN_BATCH = "attn_batch"
+ATTN_HEADS = "attn_heads"
+ATTN_KV_HEADS = "attn_kv_heads"
+KEY_SEQ = "key_seq"  # positions of keys and values: whole in the default rules, so that every query sees all of them
 
 # Logical axes of weights (and of the activations that they produce).
 EMBED = "embed"  # residual width: whole on every device in the default rules
@@ -43,14 +54,18 @@ CHANNELS = "channels"  # output channels of a plain convolution
 ENSEMBLE = "ensemble"  # members of an ensemble
 
 LOGICAL_AXES = frozenset(
-    {BATCH, SEQ, HEIGHT, WIDTH, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, CHANNELS, ENSEMBLE}
+    {BATCH, SEQ, HEIGHT, WIDTH, ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, KEY_SEQ}
+    | {EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, CHANNELS, ENSEMBLE}
 )
 
 # 1-D weight-stationary (Megatron): widths over `model`, rows over `data`, columns over `seq`.
-DEFAULT_RULES: Mapping[str, str] = {
+DEFAULT_RULES: Mapping[str, MeshAxes] = {
     BATCH: DATA,
     SEQ: SEQUENCE,
     WIDTH: SEQUENCE,
+    ATTN_BATCH: DATA,
+    ATTN_HEADS: MODEL,
+    ATTN_KV_HEADS: MODEL,
     MLP: MODEL,
     HEADS: MODEL,
     KV_HEADS: MODEL,
@@ -76,38 +91,67 @@ class Resolved:
 
 @dataclass(frozen=True)
 class AxisRules:
-    """Which mesh axis each logical axis is split over.
+    """Which mesh axes each logical axis is split over.
 
     Attributes:
-        rules: logical axis name to mesh axis name; a logical axis that is not named is not split.
+        rules: logical axis name to mesh axis or axes; a logical axis that is not named is not split.
         units: how many indivisible units a logical axis has where that is not its size: a fused projection of 9 heads
             of 64 has size 576 but splits only into 9.
+        activations: rules that are different for activations, inputs and caches than for weights.
+        name: what the layout that these rules make is called.
     """
 
-    rules: Mapping[str, str | None] = field(default_factory=lambda: dict(DEFAULT_RULES))
+    rules: Mapping[str, MeshAxes] = field(default_factory=lambda: dict(DEFAULT_RULES))
     units: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, MeshAxes] = field(default_factory=dict)
+    name: str = "1-D weight-stationary"
 
     def __post_init__(self) -> None:
-        for logical, axis in self.rules.items():
-            if axis is not None and axis not in MESH_AXES:
+        for logical, axes in (*self.rules.items(), *self.activations.items()):
+            unknown = [axis for axis in axis_tuple(axes) if axis not in MESH_AXES]
+            if unknown:
                 raise AxisError(
-                    f"rule {logical!r} -> {axis!r}: there is no mesh axis of that name; "
+                    f"rule {logical!r} -> {axes!r}: there is no mesh axis of that name; "
                     f"mesh axes are {', '.join(MESH_AXES)}"
                 )
 
-    def replace(self, **rules: str | None) -> AxisRules:
+    def replace(self, **rules: MeshAxes) -> AxisRules:
         """These rules with some changed: ``rules.replace(height="seq", width=None)``."""
-        return AxisRules({**self.rules, **rules}, self.units)
+        return replace(self, rules={**self.rules, **rules}, name="custom")
 
     def with_units(self, units: Mapping[str, int]) -> AxisRules:
         """These rules for a model whose axes have the given numbers of indivisible units."""
-        return AxisRules(self.rules, {**self.units, **units})
+        return replace(self, units={**self.units, **units})
 
-    def mesh_axis(self, logical: str | None) -> str | None:
-        """The mesh axis that a logical axis is split over; a mesh axis used as a logical name stands for itself."""
+    @cached_property
+    def of_activations(self) -> AxisRules:
+        """The rules that activations, inputs and caches follow."""
+        return replace(self, rules={**self.rules, **self.activations}, activations={}) if self.activations else self
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is split over; a mesh axis used as a logical name stands for itself."""
         if logical is None:
-            return None
-        return self.rules.get(logical, logical if logical in MESH_AXES else None)
+            return ()
+        return axis_tuple(self.rules.get(logical, logical if logical in MESH_AXES else None))
+
+    def split(self, logical: str | None, size: int, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+        """The mesh axes that really split a dimension of ``size``.
+
+        Those that the rules name and the mesh has, from the first one on as long as their product divides the dimension
+        and its units.
+        """
+        units = self.units.get(logical, size) if logical is not None else size
+        taken: tuple[str, ...] = ()
+        parts = 1
+        for axis in self.mesh_axes(logical):
+            length = mesh_shape.get(axis, 1)
+            if length == 1:
+                continue
+            parts *= length
+            if size % parts or units % parts:
+                break
+            taken += (axis,)
+        return taken
 
     def resolve(self, axes: Axes, shape: Sequence[int], mesh_shape: Mapping[str, int]) -> Resolved:
         """Lay a tensor of ``shape`` with logical ``axes`` on a mesh of ``mesh_shape``.
@@ -119,30 +163,36 @@ class AxisRules:
 
         if len(axes) != len(shape):
             raise AxisError(f"axes {axes} name {len(axes)} dimensions, but the tensor has shape {tuple(shape)}")
-        entries: list[str | None] = []
-        taken: dict[str, str] = {}
+        entries: list[str | tuple[str, ...] | None] = []
+        owner: dict[str, str] = {}
         replicated: list[tuple[str, int, str, int]] = []
         for logical, size in zip(axes, shape, strict=True):
-            axis = self.mesh_axis(logical)
-            parts = mesh_shape.get(axis, 1) if axis is not None else 1
-            if logical is None or axis is None or parts == 1:
+            if logical is None:
                 entries.append(None)
                 continue
-            if axis in taken:
-                raise AxisError(
-                    f"logical axes {taken[axis]!r} and {logical!r} of one tensor {axes} are both split over mesh axis "
-                    f"{axis!r}; change the rule of one of them"
-                )
-            units = self.units.get(logical, size)
-            if size % parts or units % parts:
-                replicated.append((logical, units, axis, parts))
-                entries.append(None)
-                continue
-            taken[axis] = logical
-            entries.append(axis)
+            wanted = [axis for axis in self.mesh_axes(logical) if mesh_shape.get(axis, 1) > 1]
+            for axis in wanted:
+                if axis in owner:
+                    raise AxisError(
+                        f"logical axes {owner[axis]!r} and {logical!r} of one tensor {axes} are both split over mesh "
+                        f"axis {axis!r}; change the rule of one of them"
+                    )
+                owner[axis] = logical
+            split = self.split(logical, size, mesh_shape)
+            if len(split) < len(wanted):
+                parts = prod(mesh_shape[axis] for axis in wanted)
+                replicated.append((logical, self.units.get(logical, size), "x".join(wanted), parts))
+                for axis in wanted[len(split) :]:
+                    del owner[axis]
+            entries.append(None if not split else split[0] if len(split) == 1 else split)
         while entries and entries[-1] is None:
             entries.pop()
         return Resolved(PartitionSpec(*entries), tuple(replicated))
+
+
+def axis_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    """One mesh axis, several or none as a tuple."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 _scope: ContextVar[tuple[AxisRules, Mesh] | None] = ContextVar("spmd_infer_axis_scope", default=None)
@@ -156,6 +206,11 @@ def axis_scope(rules: AxisRules, mesh: Mesh) -> Iterator[None]:
         yield
     finally:
         _scope.reset(token)
+
+
+def current_scope() -> tuple[AxisRules, Mesh] | None:
+    """The rules and mesh that the model is being traced for; None outside an engine."""
+    return _scope.get()
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -181,11 +236,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     from jax.sharding import NamedSharding, PartitionSpec
 
     rules, mesh = scope
-    resolved = rules.resolve(axes, x.shape, dict(mesh.shape))
+    resolved = rules.of_activations.resolve(axes, x.shape, dict(mesh.shape))
     wished = {logical for logical, *_ in resolved.replicated}
     entries = [*resolved.spec, *(None,) * (x.ndim - len(resolved.spec))]
     spec = [
-        PartitionSpec.UNCONSTRAINED if logical in wished else entry
+        PartitionSpec.UNCONSTRAINED if logical in wished and entry is None else entry
         for logical, entry in zip(axes, entries, strict=True)
     ]
     laid: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -8,6 +8,7 @@ buckets, run, cut back to its rows and put together. ``jit`` compiles other func
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ from spmd_infer.ensemble import ensemble
 from spmd_infer.errors import TaskError
 from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
-from spmd_infer.mesh import axis_size
 from spmd_infer.model_program import model_program
 from spmd_infer.opening import OpenedModel, open_model
 from spmd_infer.planning.mesh_plan import MeshPlan
@@ -94,7 +94,7 @@ class Engine:
         opened: OpenedModel | None = None,
     ) -> None:
         self.plan, self.mesh, self.rules, self.params = plan, mesh, plan.rules, weights
-        self.data_parts = axis_size(dict(mesh.shape), plan.rules.mesh_axis(BATCH))
+        self.data_parts = prod(mesh.shape.get(axis, 1) for axis in plan.rules.of_activations.mesh_axes(BATCH))
         self.buckets = Buckets.of(buckets, self.data_parts) if buckets else Buckets.default(self.data_parts)
         self.family: Family | None = opened.family if opened else None
         self.config: ModelConfig | None = opened.config if opened else None
@@ -239,7 +239,9 @@ class Engine:
 
     def place(self, array: Any, axes: Axes) -> jax.Array:
         """Put an array on the mesh by its logical axes; a ``jax.ShapeDtypeStruct`` is made of zeros on the devices."""
-        sharding = NamedSharding(self.mesh, self.rules.resolve(axes, array.shape, dict(self.mesh.shape)).spec)
+        sharding = NamedSharding(
+            self.mesh, self.rules.of_activations.resolve(axes, array.shape, dict(self.mesh.shape)).spec
+        )
         if isinstance(array, jax.ShapeDtypeStruct):
             return jnp.zeros(array.shape, array.dtype, device=sharding)
         placed: jax.Array = jax.device_put(array, sharding)

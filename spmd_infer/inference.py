@@ -77,7 +77,7 @@ def infer_program(
     Raises:
         BatchError: the model fails on such a batch, or returns something without a batch dimension.
     """
-    mesh, rules = programs.mesh, programs.rules
+    mesh, rules = programs.mesh, programs.rules.of_activations
     avals = tuple(
         jax.ShapeDtypeStruct(bucket_shape(leaf, spec, bucket), spec.dtype)
         for leaf, spec in zip(batch.leaves, batch.specs, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -103,8 +103,3 @@ def auto_mesh(mesh: Mesh) -> Mesh:
     if all(kind == AxisType.Auto for kind in mesh.axis_types):
         return mesh
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
-def axis_size(mesh_shape: Mapping[str, int], axis: str | None) -> int:
-    """How many parts a mesh axis has; 1 for None and for axes that the mesh does not have."""
-    return mesh_shape.get(axis, 1) if axis is not None else 1

@@ -61,7 +61,7 @@ def model_program(
 
 def _constrained(programs: Programs, result: Any, out_axes: Any) -> Any:
     def lay(axes: Any, x: jax.Array) -> Any:
-        spec = programs.rules.resolve(axes, x.shape, dict(programs.mesh.shape)).spec
+        spec = programs.rules.of_activations.resolve(axes, x.shape, dict(programs.mesh.shape)).spec
         return jax.lax.with_sharding_constraint(x, NamedSharding(programs.mesh, spec))
 
     return jax.tree.map(

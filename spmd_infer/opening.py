@@ -17,7 +17,7 @@ from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
 from spmd_infer.models.registry import ModelConfig
-from spmd_infer.planning.search import Workload
+from spmd_infer.planning.search import DEFAULT_SIZE, Workload
 from spmd_infer.tensors import InputSpec, Source
 
 
@@ -42,12 +42,16 @@ class OpenedModel:
     table: dict[str, Source]
 
     def workload(self, traffic: Workload) -> Workload:
-        """The traffic with the keys and values that this model keeps for it; every row at the length planned for."""
+        """The traffic with rows no longer than this model takes, and the keys and values that it keeps for them."""
         largest = max(self.model.params.values(), key=lambda p: p.size)
         per_position = self.family.cache_bytes(self.config, largest.dtype)
+        longest = self.family.context_len(self.config)
+        length = traffic.sizes.get(SEQ, DEFAULT_SIZE)
+        length = length if longest is None else min(length, longest)
         return replace(
             traffic,
-            cache_bytes_per_row=per_position * traffic.sizes.get(SEQ, 0),
+            sizes={**traffic.sizes, SEQ: length},
+            cache_bytes_per_row=per_position * length,
             cache_heads=self.config.axis_units().get(KV_HEADS, 1),
         )
 

@@ -7,10 +7,11 @@ devices moves ``2 (p - 1) / p * B`` per device, an all-gather half of that, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
-from spmd_infer.axes import BATCH, KV_HEADS, AxisRules
+from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, AxisRules, axis_tuple
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
@@ -25,44 +26,45 @@ class MeshCost:
     Attributes:
         memory: bytes on the fullest device.
         time: estimated seconds of one step; None where no work is known.
-        collectives: number of collectives of each kind in a step.
+        collectives: number of collectives in a step by kind and mesh axes (joined by commas).
     """
 
     memory: Memory
     time: StepTime | None
-    collectives: Mapping[str, int]
+    collectives: Mapping[tuple[str, str], int]
 
 
 class _Splits:
-    """Over which mesh axis, and into how many parts, each labelled dimension is split."""
+    """Over which mesh axes each labelled dimension is split."""
 
     def __init__(self, rules: AxisRules, mesh: Mapping[str, int], layouts: Sequence[WeightLayout]) -> None:
         self._rules, self._mesh = rules, mesh
-        self._own: dict[str, str] = {}
+        self._own: dict[str, tuple[str, ...]] = {}
         for layout in layouts:
             if layout.axes is None:
                 for dimension, entry in enumerate(layout.spec):
-                    if isinstance(entry, str):
-                        self._own[weight_label(layout.path, dimension)] = entry
+                    if entry is not None:
+                        self._own[weight_label(layout.path, dimension)] = axis_tuple(entry)
 
-    def axis(self, label: str | None, size: int) -> str | None:
-        """The mesh axis that splits a dimension of this size; None where it stays whole."""
-        axis = self._own.get(label or "") or self._rules.mesh_axis(label)
-        parts = self._mesh.get(axis, 1) if axis is not None else 1
-        units = self._rules.units.get(label, size) if label is not None else size
-        return axis if parts > 1 and size % parts == 0 and units % parts == 0 else None
+    def of(self, value: Value) -> list[tuple[str, ...]]:
+        """The mesh axes of each dimension; an axis serves only the first dimension that wants it."""
+        rules = self._rules if value.weight else self._rules.of_activations
+        used: set[str] = set()
+        found = []
+        for label, size in zip(value.labels, value.shape, strict=True):
+            axes = self._own.get(label or "") or rules.split(label, size, self._mesh)
+            axes = tuple(axis for axis in axes if axis not in used and size % self.parts(axes) == 0)
+            used.update(axes)
+            found.append(axes)
+        return found
 
     def axes(self, value: Value) -> set[str]:
         """Every mesh axis that splits a value."""
-        found = (self.axis(label, size) for label, size in zip(value.labels, value.shape, strict=True))
-        return {axis for axis in found if axis is not None}
+        return {axis for axes in self.of(value) for axis in axes}
 
-    def parts(self, axes: set[str]) -> int:
+    def parts(self, axes: Iterable[str]) -> int:
         """Pieces that these mesh axes make."""
-        product = 1
-        for axis in axes:
-            product *= self._mesh[axis]
-        return product
+        return prod(self._mesh[axis] for axis in axes)
 
     def device_bytes(self, value: Value) -> int:
         """Bytes of a value on one device."""
@@ -93,51 +95,105 @@ def cost_of(
     """
     splits = _Splits(rules, mesh.shape, layouts)
     weights = sum(layout.device_bytes for layout in layouts)
-    cache = cache_bytes // splits.parts(splits.axes(Value((rows, cache_heads), "float32", (BATCH, KV_HEADS))))
+    cache_value = Value((rows, cache_heads), "float32", (ATTN_BATCH, ATTN_KV_HEADS))
+    cache = cache_bytes // splits.parts(splits.axes(cache_value))
     if work is None:
         return MeshCost(Memory(weights, cache, 0, 0), None, {})
     inputs = sum(splits.device_bytes(value) for value in (*work.inputs, *work.outputs))
     memory = Memory(weights, cache, _peak(work, splits), inputs)
     share = cluster.count if cluster.device.shared else 1
-    compute, moved, talk = 0.0, float(weights + cache), 0.0
-    kinds: Counter[str] = Counter()
+    compute, moved, talk = 0.0, float(cache), 0.0
+    kinds: Counter[tuple[str, str]] = Counter()
     for product in work.products:
-        summed = {axis for left, right, size in product.summed if (axis := splits.axis(right or left, size))}
-        split = splits.axes(product.out) | summed
+        for kind, axes, size in _collectives(product, splits):
+            kinds[kind, ",".join(axes)] += product.times
+            talk += product.times * collective_time(kind, size, mesh, axes, cluster)
         rate = cluster.device.peak(product.right.dtype) / share
-        compute += product.times * product.flops / splits.parts(split) / rate
-        moved += product.times * (splits.device_bytes(product.out) + splits.device_bytes(product.left))
-        for kind, axis, size in _collectives(product, splits, summed):
-            kinds[kind] += product.times
-            talk += product.times * collective_time(kind, size, mesh, axis, cluster)
+        compute += product.times * product.flops / splits.parts(_working_axes(product, splits)) / rate
+        read = (product.left,) if product.lookup else (product.left, product.right)
+        moved += product.times * sum(splits.device_bytes(value) for value in (*read, product.out))
     return MeshCost(memory, StepTime(compute, moved / (cluster.device.bandwidth / share), talk), kinds)
 
 
-def _collectives(product: Product, splits: _Splits, summed: set[str]) -> list[tuple[str, str, int]]:
-    """``(kind, mesh axis, bytes)`` of the communication that a product needs."""
-    found = []
-    out = splits.device_bytes(product.out)
-    for left, right, size in product.summed:
-        ours, theirs = splits.axis(left, size), splits.axis(right, size)
-        if theirs is not None or (ours is not None and ours not in splits.axes(product.right)):
-            found.append(("all-reduce", theirs or str(ours), out))
-        elif ours is not None:
-            found.append(("all-gather", ours, product.left.nbytes // splits.parts(splits.axes(product.left) - {ours})))
+def _working_axes(product: Product, splits: _Splits) -> set[str]:
+    """The mesh axes over which a product's arithmetic is shared out."""
+    axes = splits.axes(product.out)
+    left, right = splits.of(product.left), splits.of(product.right)
+    for a, b in product.summed_dimensions:
+        axes |= set(left[a]) if a is not None else set()
+        axes |= set(right[b])
+    return axes
+
+
+def _collectives(product: Product, splits: _Splits) -> list[tuple[str, tuple[str, ...], int]]:
+    """``(kind, mesh axes, bytes)`` of the communication that a product needs.
+
+    A summed dimension that is split leaves partial sums: an all-reduce of the result. A mesh axis that already splits
+    the result's rows cannot split the weight too: the weight is gathered first. An operand that is split where the
+    other one is whole is gathered.
+    """
+    found: list[tuple[str, tuple[str, ...], int]] = []
+    left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
+    reduced: list[str] = []
+    gathered: list[str] = []
+    fetched: list[str] = []
+    rows = {axis for position, axes in enumerate(left) for axis in axes if position not in product.summed_left}
+    for a, b in product.summed_dimensions:
+        ours = left[a] if a is not None else ()
+        gathered += [axis for axis in right[b] if axis in rows]
+        reduced += [axis for axis in right[b] if axis not in rows]
+        fetched += [axis for axis in ours if axis not in right[b] and not product.lookup]
+    if product.right.weight:
+        summed_right = {b for _, b in product.summed_dimensions}
+        gathered += [
+            axis
+            for position, axes in enumerate(right)
+            for axis in axes
+            if position not in summed_right and axis in rows
+        ]
+    if gathered:
+        found.append(
+            ("all-gather", tuple(dict.fromkeys(gathered)), splits.device_bytes(product.right) * splits.parts(gathered))
+        )
+    if fetched:
+        size = splits.device_bytes(product.left) * splits.parts(fetched)
+        found.append(("all-gather", tuple(dict.fromkeys(fetched)), size))
+    reduced = [axis for axis in dict.fromkeys(reduced) if axis not in out]
+    if reduced:
+        found.append(("all-reduce", tuple(reduced), splits.device_bytes(product.out)))
     return found
 
 
-def collective_time(kind: str, size: int, mesh: MeshSpec, axis: str, cluster: Cluster) -> float:
-    """Seconds of one ring collective of ``size`` bytes along a mesh axis."""
-    parts = mesh.shape[axis]
-    inner = 1  # devices that neighbours along this axis are apart
+def collective_time(kind: str, size: int, mesh: MeshSpec, axes: Sequence[str], cluster: Cluster) -> float:
+    """Seconds of one ring collective along mesh axes.
+
+    Args:
+        kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all`` or ``collective-permute``.
+        size: bytes of the whole result on one device.
+        mesh: the mesh.
+        axes: the mesh axes along which devices talk.
+        cluster: the devices.
+    """
+    parts = prod(mesh.shape[axis] for axis in axes)
+    reach = 1  # how many devices apart, in the mesh's order, the members of one group can be
+    inner = 1
     for name, length in reversed(mesh.sizes):
-        if name == axis:
-            break
         inner *= length
-    crosses = parts * inner > cluster.per_host
+        if name in axes:
+            reach = inner
+    crosses = reach > cluster.per_host
     bandwidth = cluster.device.network if crosses else cluster.device.link
-    moved = (2 if kind == "all-reduce" else 1) * (parts - 1) / parts * size
+    moved = _VOLUME[kind](parts) * size
     return cluster.device.latency + parts * cluster.device.hop + moved / bandwidth
+
+
+_VOLUME: Mapping[str, Callable[[int], float]] = {
+    "all-reduce": lambda parts: 2 * (parts - 1) / parts,
+    "all-gather": lambda parts: (parts - 1) / parts,
+    "reduce-scatter": lambda parts: parts - 1,  # its result is one part of what travels
+    "all-to-all": lambda parts: (parts - 1) / parts**2,
+    "collective-permute": lambda parts: 1.0,
+}
 
 
 def _peak(work: Work, splits: _Splits) -> int:

@@ -27,6 +27,10 @@ CLOSE = 0.02
 """Estimates that differ by less than this part count as equal; the mesh that splits the model least then wins."""
 
 
+DEFAULT_SIZE = 128
+"""The size planned for where a varying dimension has none."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """The traffic to plan for.
@@ -39,7 +43,7 @@ class Workload:
     """
 
     rows: int = 8
-    sizes: Mapping[str, int] = field(default_factory=lambda: {SEQ: 128})
+    sizes: Mapping[str, int] = field(default_factory=lambda: {SEQ: DEFAULT_SIZE})
     cache_bytes_per_row: int = 0
     cache_heads: int = 1
 
@@ -69,7 +73,7 @@ class Workload:
         return jax.tree_util.tree_unflatten(treedef, shapes), [tuple(spec.axes) for spec in leaves]
 
     def _size(self, name: str) -> int:
-        return self.sizes.get(name, 128)
+        return self.sizes.get(name, DEFAULT_SIZE)
 
 
 def make_plan(
@@ -162,11 +166,11 @@ class _Planner:
             cost = self.estimate(mesh)
         except AxisError as error:
             return Candidate(mesh, Memory(0, 0, 0, 0), None, "", str(error))
-        words = ", ".join(f"{count} {kind}" for kind, count in sorted(cost.collectives.items())) or "none"
+        words = ", ".join(f"{count} {kind} over {axes}" for (kind, axes), count in sorted(cost.collectives.items()))
         reason = ""
         if cost.memory.total > self.available:
             reason = f"does not fit: needs {gigabytes(cost.memory.total)} a device, has {gigabytes(self.available)}"
-        return Candidate(mesh, cost.memory, cost.time, words, reason)
+        return Candidate(mesh, cost.memory, cost.time, words or "none", reason)
 
     @property
     def available(self) -> int:

@@ -21,9 +21,10 @@ from spmd_infer.planning.layout import nbytes
 
 Labels = tuple[str | None, ...]
 
-_ALIASES = frozenset(
-    {"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota"}
-)
+_VIEWS = frozenset({"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota"})
+_UPDATES = frozenset({"scatter", "dynamic_update_slice"})  # in place: what they update is not used again
+_ALIASES = _VIEWS | _UPDATES
+_SAME_VALUES = frozenset({"reshape", "squeeze", "convert_element_type", "copy", "transpose"})
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Value:
         shape: its shape.
         dtype: its dtype.
         labels: the label of each dimension.
+        weight: whether it is a weight, or a view of one.
     """
 
     shape: tuple[int, ...]
     dtype: Any
     labels: Labels
+    weight: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -55,16 +58,24 @@ class Product:
         left: the first operand.
         right: the second operand; the table of a look-up.
         out: the result.
-        summed: ``(left label, right label, size)`` of each dimension that is summed over.
+        summed_dimensions: ``(left dimension, right dimension)`` of each pair that is summed over; a look-up sums over
+            the table's rows, which the index has no dimension for.
         times: how often it runs in one step.
+        lookup: whether it reads only some rows of its right operand.
     """
 
     flops: float
     left: Value
     right: Value
     out: Value
-    summed: tuple[tuple[str | None, str | None, int], ...]
+    summed_dimensions: tuple[tuple[int | None, int], ...]
     times: int = 1
+    lookup: bool = False
+
+    @property
+    def summed_left(self) -> set[int | None]:
+        """Dimensions of the left operand that are summed over."""
+        return {left for left, _ in self.summed_dimensions}
 
 
 @dataclass
@@ -112,8 +123,8 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
     labels += list(batch_axes)
     reader = _Reader()
     values = [
-        Value(tuple(var.aval.shape), var.aval.dtype, tuple(names))
-        for var, names in zip(closed.jaxpr.invars, labels, strict=True)
+        Value(tuple(var.aval.shape), var.aval.dtype, tuple(names), weight=position < len(paths))
+        for position, (var, names) in enumerate(zip(closed.jaxpr.invars, labels, strict=True))
     ]
     outputs = reader.run(closed, values, times=1)
     reader.work.inputs = values[len(paths) :]
@@ -175,7 +186,8 @@ class _Reader:
             return [self._birth(product.out)]
         results = []
         for shape, dtype in outs:
-            value = Value(shape, dtype, _labels(name, params, operands, shape))
+            weight = name in _SAME_VALUES and bool(operands) and operands[0].weight
+            value = Value(shape, dtype, _labels(name, params, operands, shape), weight)
             results.append(self._view(operands, value) if name in _ALIASES else self._birth(value))
         return results
 
@@ -233,9 +245,12 @@ def _dot(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...
     labels = tuple(left.labels[a] or right.labels[b] for a, b in zip(left_batch, right_batch, strict=True))
     labels += tuple(label for d, label in enumerate(left.labels) if d not in left_sum and d not in left_batch)
     labels += tuple(label for d, label in enumerate(right.labels) if d not in right_sum and d not in right_batch)
-    summed = tuple((left.labels[a], right.labels[b], left.shape[a]) for a, b in zip(left_sum, right_sum, strict=True))
-    flops = 2.0 * prod(shape) * prod(size for *_, size in summed)
-    return Product(flops, left, right, Value(shape, dtype, labels), summed, times)
+    pairs = tuple(zip(left_sum, right_sum, strict=True))
+    flops = 2.0 * prod(shape) * prod(left.shape[a] for a in left_sum)
+    out = Value(shape, dtype, labels)
+    if left.weight and not right.weight:  # the weight is always the right operand
+        left, right, pairs = right, left, tuple((b, a) for a, b in pairs)
+    return Product(flops, left, right, out, pairs, times)
 
 
 def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...], dtype: Any, times: int) -> Product:
@@ -245,11 +260,8 @@ def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ..
     for position, (source, target) in enumerate(zip(numbers.lhs_spec, numbers.out_spec, strict=True)):
         labels[target] = left.labels[source] if position != 1 else right.labels[numbers.rhs_spec[0]]
     taps = prod(right.shape[d] for d in numbers.rhs_spec[1:])
-    summed: tuple[tuple[str | None, str | None, int], ...] = ()
-    if groups == 1:
-        channel, weight = numbers.lhs_spec[1], numbers.rhs_spec[1]
-        summed = ((left.labels[channel], right.labels[weight], left.shape[channel]),)
-    return Product(2.0 * prod(shape) * taps, left, right, Value(shape, dtype, tuple(labels)), summed, times)
+    pairs = ((numbers.lhs_spec[1], numbers.rhs_spec[1]),) if groups == 1 else ()
+    return Product(2.0 * prod(shape) * taps, left, right, Value(shape, dtype, tuple(labels)), pairs, times)
 
 
 def _gather(
@@ -265,8 +277,8 @@ def _gather(
     rest = [d for d in range(len(shape)) if d not in numbers.offset_dims]
     for position, label in zip(rest, index.labels, strict=False):
         labels[position] = label
-    summed = tuple((None, table.labels[d], table.shape[d]) for d in numbers.collapsed_slice_dims)
-    return Product(0.0, index, table, Value(shape, dtype, tuple(labels)), summed, times)
+    pairs = tuple((None, d) for d in numbers.collapsed_slice_dims)
+    return Product(0.0, index, table, Value(shape, dtype, tuple(labels)), pairs, times, lookup=True)
 
 
 _PRODUCTS = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _gather}

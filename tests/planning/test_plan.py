@@ -88,7 +88,7 @@ def test_collectives_foreseen_are_those_that_xla_inserts(mesh_text: str) -> None
     engine = si.Engine(model, mesh=mesh_text, inputs=llama_inputs(SMALL), buckets=[8])
     engine.infer({"input_ids": np.ones((8, 16), np.int32)})
     found = collectives(engine.programs[0].compiled)
-    words = f"{len(found)} all-reduce" if found else "none"
+    words = f"{len(found)} all-reduce over model" if found else "none"
     assert engine.plan.chosen.collectives == words
 
 

@@ -51,7 +51,7 @@ def test_convolutions_and_scans() -> None:
 def test_labels_travel_from_weights_to_sums() -> None:
     work = read_work(llama(), {"input_ids": jax.ShapeDtypeStruct((4, 32), jnp.int32)}, [("batch", "seq")])
     weighed = [p for p in work.products if len(p.right.labels) == 2 and p.flops]
-    summed = [right for product in weighed for _, right, _ in product.summed]
+    summed = [product.right.labels[b] for product in weighed for _, b in product.summed_dimensions]
     # q, k, v, gate, up and the head contract the residual width; o and down what the rules split.
     assert summed.count("heads") == summed.count("mlp") == LLAMA.num_layers
     assert summed.count("embed") == 5 * LLAMA.num_layers + 1
