@@ -16,11 +16,11 @@ from typing import Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from spmd_infer.axes import BATCH, HEAD_DIM, KV_HEADS
+from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM
 from spmd_infer.tensors import Axes
 
-KEY_AXES: Axes = (BATCH, KV_HEADS, HEAD_DIM, None)
-VALUE_AXES: Axes = (BATCH, KV_HEADS, None, HEAD_DIM)
+KEY_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, None)
+VALUE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, None, HEAD_DIM)
 
 # Above this prompt length the scores of all queries at once would outgrow the weights; queries then go in blocks.
 _WHOLE_PROMPT = 1024

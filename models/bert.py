@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_infer.axes import BATCH, EMBED, HEAD_DIM, HEADS, MLP, SEQ, constrain
+from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, BATCH, EMBED, HEAD_DIM, HEADS, KEY_SEQ, MLP, SEQ, constrain
 from spmd_infer.errors import ModelError
 from spmd_infer.models.layers import Embedding, LayerNorm, Linear
 from spmd_infer.tensors import InputSpec, Source
@@ -106,7 +106,7 @@ class Config:
 
     def axis_units(self) -> dict[str, int]:
         """The fused projections split into whole heads only."""
-        return {HEADS: self.num_heads}
+        return {HEADS: self.num_heads, ATTN_HEADS: self.num_heads}
 
 
 class Embeddings(nnx.Module):
@@ -140,16 +140,17 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Attend over ``x [B, T, D]`` where ``mask [B, T, T]`` allows, in float32 scores; returns ``[B, T, D]``."""
 
-        def heads(projection: Linear) -> jax.Array:
+        def heads(projection: Linear, seq: str) -> jax.Array:
             split = projection(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            return constrain(split, BATCH, SEQ, HEADS, HEAD_DIM)  # [B, T, N, H]
+            return constrain(split, ATTN_BATCH, seq, ATTN_HEADS, HEAD_DIM)  # [B, T, N, H]
 
-        query, key, value = heads(self.query), heads(self.key), heads(self.value)
+        query, key, value = heads(self.query, SEQ), heads(self.key, KEY_SEQ), heads(self.value, KEY_SEQ)
         scores = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None], scores * self.head_dim**-0.5, _MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bnts,bsnh->btnh", weights, value, preferred_element_type=jnp.float32)
-        return mixed.astype(x.dtype).reshape(x.shape)
+        mixed = constrain(mixed.astype(x.dtype), ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
+        return constrain(mixed, BATCH, SEQ, HEADS, HEAD_DIM).reshape(x.shape)
 
 
 class Output(nnx.Module):

@@ -36,9 +36,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Project ``x [..., in]`` to ``[..., out]``."""
         weight = self.weight[...]
-        y = jax.lax.dot_general(
-            x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)

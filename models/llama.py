@@ -24,7 +24,21 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from spmd_infer.axes import BATCH, EMBED, HEAD_DIM, HEADS, KV_HEADS, MLP, SEQ, VOCAB, constrain
+from spmd_infer.axes import (
+    ATTN_BATCH,
+    ATTN_HEADS,
+    ATTN_KV_HEADS,
+    BATCH,
+    EMBED,
+    HEAD_DIM,
+    HEADS,
+    KEY_SEQ,
+    KV_HEADS,
+    MLP,
+    SEQ,
+    VOCAB,
+    constrain,
+)
 from spmd_infer.errors import ModelError
 from spmd_infer.models.attention import LayerCache, causal_attention
 from spmd_infer.models.layers import Embedding, Linear, RMSNorm
@@ -153,7 +167,7 @@ class Config:
             if self.num_heads % units == 0
             and all(kv % m == 0 or m % kv == 0 for m in range(1, units + 1) if units % m == 0)
         ]
-        return {HEADS: max(fitting), KV_HEADS: kv}
+        return {HEADS: max(fitting), ATTN_HEADS: max(fitting), KV_HEADS: kv, ATTN_KV_HEADS: kv}
 
 
 def input_spec(config: Config) -> dict[str, InputSpec]:
@@ -205,9 +219,9 @@ class Attention(nnx.Module):
         queries = _rotate(self.q_proj(x).reshape(batch, length, -1, self.head_dim), *angles)  # [B, T, N, H]
         keys = _rotate(self.k_proj(x).reshape(batch, length, -1, self.head_dim), *angles)  # [B, T, K, H]
         values = self.v_proj(x).reshape(batch, length, -1, self.head_dim)
-        queries = constrain(queries, BATCH, SEQ, HEADS, HEAD_DIM)
-        keys = constrain(keys, BATCH, SEQ, KV_HEADS, HEAD_DIM)
-        values = constrain(values, BATCH, SEQ, KV_HEADS, HEAD_DIM)
+        queries = constrain(queries, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
+        keys = constrain(keys, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
+        values = constrain(values, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
         if cache is not None and length == 1:
             cache = cache.append(keys[:, 0], values[:, 0], positions[:, 0])
             mixed = cache.attend(queries[:, 0], positions[:, 0])[:, None]
@@ -215,7 +229,7 @@ class Attention(nnx.Module):
             if cache is not None:
                 cache = cache.prefill(keys, values)
             mixed = causal_attention(queries, keys, values)
-        mixed = constrain(mixed, BATCH, SEQ, HEADS, HEAD_DIM)
+        mixed = constrain(constrain(mixed, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM), BATCH, SEQ, HEADS, HEAD_DIM)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from flax import nnx
 
@@ -58,6 +59,18 @@ class Family:
         result: ModelConfig | None = import_module(self.module).Config.from_shapes(shapes)
         return result
 
+    def config_from_sizes(self, sizes: Mapping[str, Any]) -> ModelConfig:
+        """The family's configuration from its own fields, as ``sizes_of`` gave them.
+
+        Raises:
+            ModelError: they are not this family's.
+        """
+        try:
+            result: ModelConfig = msgspec.convert(dict(sizes), import_module(self.module).Config, strict=False)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ModelError(f"these are not sizes of a {self.name} model: {error}") from error
+        return result
+
     def build(self, config: ModelConfig, *, seed: int = 0) -> nnx.Module:
         """The model with random weights (abstract ones under ``nnx.eval_shape``)."""
         model: nnx.Module = getattr(import_module(self.module), self.model)(config, rngs=nnx.Rngs(seed))
@@ -69,7 +82,7 @@ class Family:
         return spec
 
     def cache_bytes(self, config: ModelConfig, dtype: Any) -> int:
-        """Bytes of keys and values that a model of this family keeps for one position of one row; 0 where it keeps none."""
+        """Bytes of keys and values that a model keeps for one position of one row; 0 where it keeps none."""
         if self.task != "generate":
             return 0
         sizes: Any = config
@@ -113,6 +126,24 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("llama", ("LlamaForCausalLM", "llama"), "spmd_infer.models.llama", "Llama", "generate"),
 )
+
+
+def sizes_of(config: ModelConfig) -> dict[str, Any]:
+    """A family's configuration as plain data."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain
+
+
+def family_named(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ModelError(f"no model family is called {name!r}; known are {', '.join(family.name for family in FAMILIES)}")
 
 
 def find_family(architecture: str | None, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, ModelConfig | None]:

@@ -134,6 +134,11 @@ class AxisRules:
             return ()
         return axis_tuple(self.rules.get(logical, logical if logical in MESH_AXES else None))
 
+    def row_parts(self, mesh_shape: Mapping[str, int]) -> int:
+        """The number that batch sizes must be a multiple of: the parts that rows are split into."""
+        rules = self.of_activations
+        return max(prod(mesh_shape.get(axis, 1) for axis in rules.mesh_axes(name)) for name in (BATCH, ATTN_BATCH))
+
     def split(self, logical: str | None, size: int, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes that really split a dimension of ``size``.
 

@@ -8,16 +8,15 @@ buckets, run, cut back to its rows and put together. ``jit`` compiles other func
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from spmd_infer.aggregate import Aggregate
-from spmd_infer.axes import BATCH, AxisRules
+from spmd_infer.axes import AxisRules
 from spmd_infer.batching import Buckets
 from spmd_infer.ensemble import ensemble
 from spmd_infer.errors import TaskError
@@ -94,7 +93,7 @@ class Engine:
         opened: OpenedModel | None = None,
     ) -> None:
         self.plan, self.mesh, self.rules, self.params = plan, mesh, plan.rules, weights
-        self.data_parts = prod(mesh.shape.get(axis, 1) for axis in plan.rules.of_activations.mesh_axes(BATCH))
+        self.data_parts = plan.rules.row_parts(dict(mesh.shape))
         self.buckets = Buckets.of(buckets, self.data_parts) if buckets else Buckets.default(self.data_parts)
         self.family: Family | None = opened.family if opened else None
         self.config: ModelConfig | None = opened.config if opened else None
@@ -114,11 +113,12 @@ class Engine:
         workload: Workload | None = None,
         buckets: Sequence[int] | None = None,
         rules: AxisRules | None = None,
+        verify: Literal["full", "fast"] = "full",
     ) -> Engine:
         """Read a checkpoint of a zoo model straight onto a mesh.
 
         Args:
-            path: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo
+            path: a Hugging Face or native folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo
                 such as ``demo:smollm2``.
             mesh: as for ``Engine``.
             dtype: load floating-point weights in this dtype; default as stored, quantised ones in float32 on CPU and
@@ -126,6 +126,8 @@ class Engine:
             workload: as for ``Engine``.
             buckets: as for ``Engine``.
             rules: as for ``Engine``.
+            verify: for native checkpoints, which carry digests: ``"full"`` compares all that is read with them,
+                ``"fast"`` only sizes and a sample.
 
         Raises:
             CheckpointError: the checkpoint is damaged or incomplete.
@@ -134,7 +136,7 @@ class Engine:
         """
         from spmd_infer.checkpoints import load_onto
 
-        opened = open_model(path, dtype, platform=platform_of(mesh))
+        opened = open_model(path, dtype, platform=platform_of(mesh), verify=verify)
         units = (rules or AxisRules()).with_units(opened.config.axis_units())
         traffic = opened.workload(workload or Workload())
         plan, built = resolve_mesh(mesh, opened.model, opened.inputs, traffic, units)
@@ -146,6 +148,21 @@ class Engine:
         engine = cls.__new__(cls)
         engine._set_up(opened.model, weights, plan, built, Signature(opened.inputs), buckets, opened)
         return engine
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Save the weights as a native checkpoint, which ``Engine.load`` reads onto any mesh.
+
+        In a job of several processes all of them call this; each writes what its own devices hold.
+
+        Raises:
+            CheckpointError: the path exists and may not be overwritten, another process saves there, or it cannot be
+                written. What was there before is then as it was.
+        """
+        from spmd_infer.checkpoints import save
+        from spmd_infer.conversion import entry_of
+
+        model = entry_of(self.family, self.config, self.reader) if self.family and self.config else None
+        save(self.params, path, axes=self._model.axes, model=model, source=self.reader, overwrite=overwrite)
 
     @classmethod
     def ensemble(

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_infer.axes import KV_HEADS, SEQ
+from spmd_infer.axes import ATTN_KV_HEADS, SEQ
 from spmd_infer.checkpoints import Reader, open_checkpoint
+from spmd_infer.checkpoints.native_reader import NativeReader, Verify
 from spmd_infer.demo import PREFIX, demo_path
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
-from spmd_infer.models.registry import ModelConfig
+from spmd_infer.models.registry import ModelConfig, family_named
 from spmd_infer.planning.search import DEFAULT_SIZE, Workload
 from spmd_infer.tensors import InputSpec, Source
 
@@ -52,32 +53,50 @@ class OpenedModel:
             traffic,
             sizes={**traffic.sizes, SEQ: length},
             cache_bytes_per_row=per_position * length,
-            cache_heads=self.config.axis_units().get(KV_HEADS, 1),
+            cache_heads=self.config.axis_units().get(ATTN_KV_HEADS, 1),
         )
 
 
-def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu") -> OpenedModel:
+def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", verify: Verify = "full") -> OpenedModel:
     """Open a checkpoint and find its model.
 
     Args:
-        path: a Hugging Face folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo such
-            as ``demo:smollm2``.
+        path: a Hugging Face or native folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged
+            demo such as ``demo:smollm2``.
         dtype: load floating-point weights in this dtype. By default they keep the dtype that they are stored in;
             quantised ones become float32 on CPU and bfloat16 elsewhere.
         platform: where the weights will live.
+        verify: as for ``open_checkpoint``.
 
     Raises:
         CheckpointError: the file is damaged, or is not a checkpoint.
         ModelError: no family answers to it, or the dtype is not a floating-point one.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
-    reader = open_checkpoint(demo_path(path) if isinstance(path, str) and path.startswith(PREFIX) else path)
+    named = demo_path(path) if isinstance(path, str) and path.startswith(PREFIX) else path
+    reader = open_checkpoint(named, verify=verify)
+    return match_model(reader, wanted, platform=platform)
+
+
+def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") -> OpenedModel:
+    """Find the model of an open checkpoint; arguments and errors as for ``open_model``."""
     shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
-    family, config = find_family(reader.architecture, shapes)
+    stored = reader.manifest.model if isinstance(reader, NativeReader) else None
+    if stored is not None and stored.family is not None:
+        family, config = family_named(stored.family), None
+        if stored.sizes is not None:
+            config = family.config_from_sizes(stored.sizes)
+    else:
+        family, config = find_family(reader.architecture, shapes)
     if config is None:
         config = family.config_from_hf(reader.config)
     model = model_function(nnx.eval_shape(lambda: family.build(config)))
-    table = family.name_table(config, reader.stored)
+    if stored is not None and stored.family is not None:
+        table = {name: Source(name) for name in model.params}
+    else:
+        # A native checkpoint of no family keeps the names that its source had.
+        said = stored.names if stored is not None else reader.stored
+        table = family.name_table(config, said)
     unsourced = sorted(model.params.keys() - table.keys())
     if unsourced:
         raise CheckpointError(

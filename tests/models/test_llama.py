@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spmd_infer.axes import HEADS, KV_HEADS
+from spmd_infer.axes import ATTN_HEADS, ATTN_KV_HEADS, HEADS, KV_HEADS
 from spmd_infer.engine import Engine
 from spmd_infer.errors import ModelError
 from spmd_infer.models.llama import Config, RopeScaling, name_table
@@ -102,7 +102,9 @@ def test_plan_reports_heads_that_do_not_divide() -> None:
 )
 def test_query_heads_split_only_with_their_key_heads(heads: int, kv_heads: int, units: int) -> None:
     config = Config.from_hf(BASE | {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
-    assert config.axis_units() == {HEADS: units, KV_HEADS: kv_heads}
+    found = config.axis_units()
+    assert found[HEADS] == found[ATTN_HEADS] == units
+    assert found[KV_HEADS] == found[ATTN_KV_HEADS] == kv_heads
     for parts in range(1, units + 1):
         if units % parts == 0:
             per_part = heads // parts
