@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from spmd_infer.checkpoints import gguf_header, gguf_reader, safetensors_reader, torch_reader
+from spmd_infer.checkpoints import gguf_header, gguf_reader, manifest, native_reader, safetensors_reader, torch_reader
 from spmd_infer.checkpoints.folder_files import inside
+from spmd_infer.checkpoints.native_reader import NativeReader, Verify
 from spmd_infer.checkpoints.reader import Reader
 from spmd_infer.errors import CheckpointError, UnknownFormatError
 
@@ -53,7 +54,14 @@ def _detects_gguf(path: Path, head: bytes) -> bool:
     return path.is_file() and (gguf_header.is_gguf(head) or path.suffix == gguf_reader.SUFFIX)
 
 
+NATIVE = Format(
+    "native",
+    "a folder with manifest.json, as Engine.save, convert and reshard write it",
+    lambda path, head: manifest.is_native(path),
+    native_reader.NativeReader,
+)
 BUILT_IN: tuple[Format, ...] = (
+    NATIVE,
     Format("gguf", "a .gguf file", _detects_gguf, gguf_reader.GgufReader),
     Format(
         "safetensors",
@@ -65,11 +73,13 @@ BUILT_IN: tuple[Format, ...] = (
 )
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
+def open_checkpoint(path: str | os.PathLike[str], *, verify: Verify = "full") -> Reader:
     """Open a checkpoint for reading; only headers are read.
 
     Args:
-        path: a file, a Hugging Face folder, or a folder that holds just one checkpoint file.
+        path: a file, a Hugging Face or native folder, or a folder that holds just one checkpoint file.
+        verify: how a native checkpoint is checked: ``"full"`` compares the digest of every byte that is read,
+            ``"fast"`` sizes and a sample. Other formats have no digests.
 
     Raises:
         UnknownFormatError: no format, built in or installed, recognises the path.
@@ -79,6 +89,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     head = _head(path)
+    if NATIVE.detects(path, head):
+        return NativeReader(path, verify)
     for known in BUILT_IN:
         if known.detects(path, head):
             return known.open(path)

@@ -1,0 +1,217 @@
+"""Arrays on devices into a native checkpoint; in a job of several processes each writes what its devices hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from spmd_infer.checkpoints.boxes import Box, as_slices, relative
+from spmd_infer.checkpoints.manifest import (
+    FORMAT,
+    VERSION,
+    ArrayEntry,
+    Chunk,
+    Manifest,
+    ModelEntry,
+    StoredFile,
+    write_manifest,
+)
+from spmd_infer.checkpoints.native_store import library_versions, now
+from spmd_infer.checkpoints.native_writer import DataWriter
+from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.checkpoints.side_files import write_side_files
+from spmd_infer.checkpoints.target_folder import check_space, flush, new_folder, work_folder
+from spmd_infer.errors import CheckpointError
+from spmd_infer.mesh import spec_of
+from spmd_infer.tensors import Axes
+
+Array = npt.NDArray[Any]
+
+_MESSAGE_BYTES = 1024
+
+
+class _Part(msgspec.Struct):
+    """What one process has written: its share of each tensor, and its files."""
+
+    arrays: dict[str, ArrayEntry]
+    data: list[StoredFile]
+
+
+def save(
+    params: Mapping[str, jax.Array],
+    path: str | Path,
+    *,
+    axes: Mapping[str, Axes] | None = None,
+    model: ModelEntry | None = None,
+    source: Reader | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save arrays as a native checkpoint that appears whole or not at all.
+
+    In a job of several processes all of them call this with the same arguments; the folder must be on storage that they
+    share. Of each distinct slice one copy is written, by a process that holds it.
+
+    Args:
+        params: arrays by parameter path.
+        path: the new folder.
+        axes: logical axes by parameter path, for those that have any.
+        model: which model it is; without it the arrays are just tensors of these names.
+        source: the checkpoint that they were loaded from, for the files that lie beside it (the tokenizer).
+        overwrite: replace what is at ``path``.
+
+    Raises:
+        CheckpointError: another process is saving there, the path exists, the disk is full or not writable. In a job
+            every process raises when one fails, and says which one did.
+    """
+    for name, array in params.items():
+        if not isinstance(array, jax.Array) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise CheckpointError(f"{name!r} is a {type(array).__name__}; expected a jax.Array of numbers")
+    target, named = Path(path).absolute(), axes or {}
+    needed = sum(array.nbytes for array in params.values())
+    if jax.process_count() == 1:
+        with new_folder(target, "save", overwrite=overwrite) as work:
+            check_space(work, needed)
+            _finish([_write_part(params, work, named)], work, params, model, source)
+        return
+    work, first = work_folder(target), jax.process_index() == 0
+    with ExitStack() as stack:
+        # Everybody passes these points in turn, and everybody leaves at the first where one of them has failed.
+
+        def begin() -> None:
+            stack.enter_context(new_folder(target, "save", overwrite=overwrite))
+            check_space(work, needed)
+
+        _together(begin if first else None, target)
+
+        def write() -> None:
+            part = _write_part(params, work, named)
+            file = work / f"part-{jax.process_index():05d}.json"
+            file.write_bytes(msgspec.json.encode(part))
+            for written in (file, *(work / stored.name for stored in part.data)):
+                flush(written)
+
+        _together(write, target)
+
+        def finish() -> None:
+            files = sorted(work.glob("part-*.json"))
+            parts = [msgspec.json.decode(file.read_bytes(), type=_Part) for file in files]
+            if len(parts) != jax.process_count():
+                raise CheckpointError(
+                    f"{work}: {len(parts)} of {jax.process_count()} processes' parts are there; the folder must be on "
+                    f"storage that all of them share"
+                )
+            _finish(parts, work, params, model, source)
+            for file in files:
+                file.unlink()
+            stack.close()  # gives the folder its name
+
+        _together(finish if first else None, target)
+
+
+def _together(step: Callable[[], None] | None, target: Path) -> None:
+    """Take a step, then learn whether every process could take its own; raises in all of them where one could not."""
+    failure: Exception | None = None
+    try:
+        if step is not None:
+            step()
+    except Exception as error:  # whatever it is: the others must not wait for this process for ever
+        failure = error
+    message = np.zeros(_MESSAGE_BYTES, np.uint8)
+    raw = (f"{failure}" or type(failure).__name__).encode()[:_MESSAGE_BYTES] if failure is not None else b""
+    message[: len(raw)] = np.frombuffer(raw, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, _MESSAGE_BYTES)
+    said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in rows]
+    found = [f"process {rank}: {text}" for rank, text in enumerate(said) if text]
+    if found:
+        raise CheckpointError(f"{target}: save failed: {'; '.join(found)}") from failure
+
+
+def _write_part(params: Mapping[str, jax.Array], work: Path, axes: Mapping[str, Axes]) -> _Part:
+    """Write this process's shards, one copy of each."""
+    host = jax.process_index()
+    writer = DataWriter(work)
+    try:
+        for name, array in params.items():
+            shards: dict[Box, jax.Array] = {}
+            for shard in array.addressable_shards:
+                pieces = [piece.indices(size) for piece, size in zip(shard.index, array.shape, strict=True)]
+                if shard.replica_id == 0:
+                    shards[tuple((start, stop) for start, stop, _ in pieces)] = shard.data
+            if not shards:
+                continue
+            writer.add(
+                name,
+                tuple(array.shape),
+                np.dtype(array.dtype),
+                axes.get(name),
+                [(box, host) for box in shards],
+                _ShardValues(shards),
+            )
+        return _Part(writer.arrays, writer.files())
+    finally:
+        writer.close()
+
+
+class _ShardValues:
+    """Values in a box that lies in one of the shards; the last shard's host copy is kept for the next box."""
+
+    def __init__(self, shards: Mapping[Box, jax.Array]) -> None:
+        self._shards = shards
+        self._held: tuple[Box, Array] | None = None
+
+    def __call__(self, box: Box) -> Array:
+        if self._held is None or not _within(box, self._held[0]):
+            self._held = None
+            outer, shard = next((outer, data) for outer, data in self._shards.items() if _within(box, outer))
+            if next(iter(shard.devices())).platform != "cpu":
+                shard = shard.copy()  # an array keeps the host copy that is made of it; this one goes away
+            self._held = outer, np.asarray(shard)
+        outer, values = self._held
+        return values[as_slices(relative(box, outer))]
+
+
+def _within(box: Box, outer: Box) -> bool:
+    return all(first <= start and stop <= last for (start, stop), (first, last) in zip(box, outer, strict=True))
+
+
+def _finish(
+    parts: Sequence[_Part], work: Path, params: Mapping[str, jax.Array], model: ModelEntry | None, source: Reader | None
+) -> None:
+    """Join the processes' parts into one manifest."""
+    entries: dict[str, ArrayEntry] = {}
+    data: list[StoredFile] = []
+    for part in parts:
+        for name, entry in part.arrays.items():
+            moved = [msgspec.structs.replace(chunk, file=chunk.file + len(data)) for chunk in entry.chunks]
+            before: tuple[Chunk, ...] = entries[name].chunks if name in entries else ()
+            entries[name] = msgspec.structs.replace(entry, chunks=(*before, *moved))
+        data.extend(part.data)
+    meshes = {
+        str(spec_of(array.sharding.mesh))
+        for array in params.values()
+        if isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
+    }
+    files = write_side_files(source, work) if source is not None else []
+    manifest = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        arrays={name: entries[name] for name in params},
+        data=tuple(data),
+        model=model or ModelEntry(),
+        files=tuple(files),
+        mesh=meshes.pop() if len(meshes) == 1 else "",
+        hosts=jax.process_count(),
+        source={"path": str(source.path), "stored": source.stored} if source is not None else {},
+        libraries=library_versions(),
+        created=now(),
+    )
+    write_manifest(manifest, work)
