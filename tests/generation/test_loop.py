@@ -115,14 +115,14 @@ def test_prefill_and_decode_logits_equal_the_full_forward(variant: str, mesh_tex
         assert np.abs(np.asarray(logits) - expected).max() <= 1e-4 * np.abs(full).max()
         logits, cache = decode(cache, found.place(ids[rows, lengths + offset], (BATCH,)))
     # Donation only works if a step returns the cache as it was laid out.
-    assert sum(1 for program in found._programs.finished() if program.name == "test_decode") == 1
+    assert sum(1 for program in found.programs if program.name == "test_decode") == 1
 
 
 def test_collectives_of_a_decode_step(mesh_text: str) -> None:
     loop = decode_loop(mesh_text)
     run(loop, prompts(), GREEDY)
     found = engine(mesh=mesh_text)
-    program = next(program for program in found._programs.finished() if program.name == "decode")
+    program = next(program for program in found.programs if program.name == "decode")
     used = collectives(program.compiled)
     print(f"\ndecode {mesh_text}: {summary(used, found.mesh)}")
     parts = dict(found.mesh.shape)

@@ -112,7 +112,7 @@ def infer_ids(engine: Engine) -> np.ndarray:
 def test_sharded_equals_whole(mesh_text: str, minilm: Path, whole: np.ndarray) -> None:
     engine = Engine.load(minilm, mesh=mesh_text)
     assert np.abs(infer_ids(engine) - whole).max() <= TOLERANCE * np.abs(whole).max()
-    (program,) = engine._programs.finished()
+    (program,) = engine.programs
     found = collectives(program.compiled)
     print(f"\n{mesh_text}: {summary(found, engine.mesh)}")
     counted = Counter((each.kind, each.axes(engine.mesh)) for each in found)

@@ -62,7 +62,7 @@ def random_engine(mesh: str, rules: AxisRules) -> Engine:
 
 def compiled_collectives(engine: Engine) -> list[Collective]:
     """What XLA put into the engine's one program; printed, so that -s shows it."""
-    (program,) = engine._programs.finished()
+    (program,) = engine.programs
     found = collectives(program.compiled)
     print(f"\n{dict(engine.mesh.shape)}: {summary(found, engine.mesh)}")
     return found

@@ -62,7 +62,7 @@ def test_real_weights_on_every_mesh(mesh_text: str, efficientnet: Path, saved: M
     logits = engine.infer({"image": images})
     assert relative_error(logits[:2], saved["lite0"]) < TOLERANCE
     assert relative_error(logits[6:], saved["lite0"]) < TOLERANCE
-    (program,) = engine._programs.finished()
+    (program,) = engine.programs
     found = collectives(program.compiled)
     parts = dict(engine.mesh.shape)
     print(f"\n{parts}: {summary(found, engine.mesh)}")
@@ -113,7 +113,7 @@ def test_split_by_columns_of_the_image(saved: Mapping[str, np.ndarray]) -> None:
     model = seeded_model("lite1")
     engine = Engine(model, mesh="seq=2", inputs=input_spec(Config.variant("lite1")), buckets=[1])
     assert relative_error(engine.infer({"image": noise(240, 1)}), saved["lite1"]) < TOLERANCE
-    (program,) = engine._programs.finished()
+    (program,) = engine.programs
     counted = Counter((each.kind, *each.axes(engine.mesh)) for each in collectives(program.compiled))
     assert set(counted) == {("collective-permute", "seq"), ("all-reduce", "seq")}
     assert counted["all-reduce", "seq"] == 1  # the mean over the image

@@ -72,7 +72,7 @@ def test_sharded_equals_unsharded(variant: str, mesh_text: str) -> None:
     engine = load(variant, mesh_text)
     found = engine.infer({"input_ids": token_ids(8, 16)})
     assert relative_error(found, unsharded(variant)) <= TOLERANCE
-    (program,) = engine._programs.finished()
+    (program,) = engine.programs
     used = collectives(program.compiled)
     print(f"\n{variant} {mesh_text}: {summary(used, engine.mesh)}")
     parts = dict(engine.mesh.shape)
