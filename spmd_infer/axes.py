@@ -51,11 +51,12 @@ HEAD_DIM = "head_dim"
 VOCAB = "vocab"  # tokens or classes
 LAYERS = "layers"
 CHANNELS = "channels"  # output channels of a plain convolution
+EXPERTS = "experts"  # experts of a mixture
 ENSEMBLE = "ensemble"  # members of an ensemble
 
 LOGICAL_AXES = frozenset(
     {BATCH, SEQ, HEIGHT, WIDTH, ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, KEY_SEQ}
-    | {EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, CHANNELS, ENSEMBLE}
+    | {EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, CHANNELS, EXPERTS, ENSEMBLE}
 )
 
 # 1-D weight-stationary (Megatron): widths over `model`, rows over `data`, columns over `seq`.
@@ -71,6 +72,8 @@ DEFAULT_RULES: Mapping[str, MeshAxes] = {
     KV_HEADS: MODEL,
     VOCAB: MODEL,
     CHANNELS: MODEL,
+    LAYERS: STAGE,
+    EXPERTS: EXPERT,
     ENSEMBLE: MEMBER,
 }
 
@@ -213,6 +216,29 @@ def axis_scope(rules: AxisRules, mesh: Mesh) -> Iterator[None]:
         _scope.reset(token)
 
 
+MARK = "logical axes: "
+"""How a constraint is written into a jaxpr that is traced for planning: as a name, ``logical axes: batch,,embed``."""
+
+_recording: ContextVar[bool] = ContextVar("spmd_infer_axis_recording", default=False)
+
+
+@contextmanager
+def recorded_constraints() -> Iterator[None]:
+    """Make ``constrain`` leave its axes in the jaxpr, for a planner to read, instead of laying anything out."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def marked_axes(name: str) -> Axes | None:
+    """The axes that a name in a jaxpr carries; None where it is somebody else's name."""
+    if not name.startswith(MARK):
+        return None
+    return tuple(axis or None for axis in name.removeprefix(MARK).split(","))
+
+
 def current_scope() -> tuple[AxisRules, Mesh] | None:
     """The rules and mesh that the model is being traced for; None outside an engine."""
     return _scope.get()
@@ -236,6 +262,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if scope is None:
         if len(axes) != x.ndim:
             raise AxisError(f"constrain was given {len(axes)} axes {axes} for an array of shape {x.shape}")
+        if _recording.get():
+            from jax.ad_checkpoint import checkpoint_name
+
+            return checkpoint_name(x, MARK + ",".join(axis or "" for axis in axes))
         return x
     import jax
     from jax.sharding import NamedSharding, PartitionSpec

@@ -7,7 +7,7 @@ devices moves ``2 (p - 1) / p * B`` per device, an all-gather half of that, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,7 +16,20 @@ from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.mesh_plan import Memory, StepTime
-from spmd_infer.planning.work import Product, Value, Work, weight_label
+from spmd_infer.planning.work import Product, Reduction, Relabel, Value, Work, weight_label
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind along the same mesh axes.
+
+    Attributes:
+        count: how many there are in a step. XLA may combine several of them into one.
+        nbytes: bytes of all their results on one device.
+    """
+
+    count: int = 0
+    nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,12 @@ class MeshCost:
     Attributes:
         memory: bytes on the fullest device.
         time: estimated seconds of one step; None where no work is known.
-        collectives: number of collectives in a step by kind and mesh axes (joined by commas).
+        collectives: what is communicated in a step, by kind and mesh axes.
     """
 
     memory: Memory
     time: StepTime | None
-    collectives: Mapping[tuple[str, str], int]
+    collectives: Mapping[tuple[str, tuple[str, ...]], Traffic]
 
 
 class _Splits:
@@ -100,19 +113,44 @@ def cost_of(
     if work is None:
         return MeshCost(Memory(weights, cache, 0, 0), None, {})
     inputs = sum(splits.device_bytes(value) for value in (*work.inputs, *work.outputs))
-    memory = Memory(weights, cache, _peak(work, splits), inputs)
     share = cluster.count if cluster.device.shared else 1
-    compute, moved, talk = 0.0, float(cache), 0.0
-    kinds: Counter[tuple[str, str]] = Counter()
+    compute, moved = 0.0, float(cache)
+    gathered = 0
+    messages: list[_Message] = []
     for product in work.products:
-        for kind, axes, size in _collectives(product, splits):
-            kinds[kind, ",".join(axes)] += product.times
-            talk += product.times * collective_time(kind, size, mesh, axes, cluster)
+        found = list(_of_product(product, splits))
+        gathered += sum(message.nbytes for message in found if message.weight)
+        messages += found
         rate = cluster.device.peak(product.right.dtype) / share
         compute += product.times * product.flops / splits.parts(_working_axes(product, splits)) / rate
         read = (product.left,) if product.lookup else (product.left, product.right)
         moved += product.times * sum(splits.device_bytes(value) for value in (*read, product.out))
-    return MeshCost(memory, StepTime(compute, moved / (cluster.device.bandwidth / share), talk), kinds)
+    for reduction in work.reductions:
+        messages += _of_reduction(reduction, splits)
+    for relabel in work.relabels:
+        messages += _of_relabel(relabel, splits)
+    talk = 0.0
+    traffic: dict[tuple[str, tuple[str, ...]], Traffic] = {}
+    for message in messages:
+        talk += message.times * collective_time(message.kind, message.nbytes, mesh, message.axes, cluster)
+        known = traffic.get((message.kind, message.axes), Traffic())
+        traffic[message.kind, message.axes] = Traffic(
+            known.count + message.times, known.nbytes + message.times * message.nbytes
+        )
+    # XLA brings split weights together early: all of them may be alive at once.
+    memory = Memory(weights, cache, _peak(work, splits) + gathered, inputs)
+    return MeshCost(memory, StepTime(compute, moved / (cluster.device.bandwidth / share), talk), traffic)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """One collective: its kind, mesh axes and the bytes of its result on a device; how often; whether of a weight."""
+
+    kind: str
+    axes: tuple[str, ...]
+    nbytes: int
+    times: int
+    weight: bool = False
 
 
 def _working_axes(product: Product, splits: _Splits) -> set[str]:
@@ -125,14 +163,13 @@ def _working_axes(product: Product, splits: _Splits) -> set[str]:
     return axes
 
 
-def _collectives(product: Product, splits: _Splits) -> list[tuple[str, tuple[str, ...], int]]:
-    """``(kind, mesh axes, bytes)`` of the communication that a product needs.
+def _of_product(product: Product, splits: _Splits) -> Iterator[_Message]:
+    """The communication that a product needs.
 
     A summed dimension that is split leaves partial sums: an all-reduce of the result. A mesh axis that already splits
-    the result's rows cannot split the weight too: the weight is gathered first. An operand that is split where the
-    other one is whole is gathered.
+    the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other. An
+    operand that is split where the other one is whole is gathered.
     """
-    found: list[tuple[str, tuple[str, ...], int]] = []
     left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
     reduced: list[str] = []
     gathered: list[str] = []
@@ -145,23 +182,43 @@ def _collectives(product: Product, splits: _Splits) -> list[tuple[str, tuple[str
         fetched += [axis for axis in ours if axis not in right[b] and not product.lookup]
     if product.right.weight:
         summed_right = {b for _, b in product.summed_dimensions}
-        gathered += [
-            axis
-            for position, axes in enumerate(right)
-            for axis in axes
-            if position not in summed_right and axis in rows
-        ]
-    if gathered:
-        found.append(
-            ("all-gather", tuple(dict.fromkeys(gathered)), splits.device_bytes(product.right) * splits.parts(gathered))
-        )
-    if fetched:
-        size = splits.device_bytes(product.left) * splits.parts(fetched)
-        found.append(("all-gather", tuple(dict.fromkeys(fetched)), size))
-    reduced = [axis for axis in dict.fromkeys(reduced) if axis not in out]
-    if reduced:
-        found.append(("all-reduce", tuple(reduced), splits.device_bytes(product.out)))
-    return found
+        others = [axes for position, axes in enumerate(right) if position not in summed_right]
+        gathered += [axis for axes in others for axis in axes if axis in rows]
+    size = splits.device_bytes(product.right)
+    for axis in dict.fromkeys(gathered):
+        size *= splits.parts([axis])
+        yield _Message("all-gather", (axis,), size, product.times, weight=product.right.weight)
+    size = splits.device_bytes(product.left)
+    for axis in dict.fromkeys(fetched):
+        size *= splits.parts([axis])
+        yield _Message("all-gather", (axis,), size, product.times)
+    summed = tuple(axis for axis in dict.fromkeys(reduced) if axis not in out)
+    if summed:
+        yield _Message("all-reduce", summed, splits.device_bytes(product.out), product.times)
+
+
+def _of_reduction(reduction: Reduction, splits: _Splits) -> Iterator[_Message]:
+    """A reduction over a split dimension: each device reduces its part, then an all-reduce of the result."""
+    split = splits.of(reduction.value)
+    axes = tuple(axis for dimension in reduction.dimensions for axis in split[dimension])
+    if axes:
+        yield _Message("all-reduce", axes, splits.device_bytes(reduction.out), reduction.times)
+
+
+def _of_relabel(relabel: Relabel, splits: _Splits) -> Iterator[_Message]:
+    """A constraint that moves a mesh axis from one dimension to another (all-to-all) or drops it (all-gather)."""
+    before, after = splits.of(relabel.before), splits.of(relabel.after)
+    wanted = splits.axes(relabel.after)
+    size = splits.device_bytes(relabel.before)
+    for ours, theirs in zip(before, after, strict=True):
+        for axis in ours:
+            if axis in theirs:
+                continue
+            if axis in wanted:
+                yield _Message("all-to-all", (axis,), size, relabel.times)
+            else:
+                size *= splits.parts([axis])
+                yield _Message("all-gather", (axis,), size, relabel.times)
 
 
 def collective_time(kind: str, size: int, mesh: MeshSpec, axes: Sequence[str], cluster: Cluster) -> float:

@@ -30,10 +30,16 @@ class Rates:
     Attributes:
         flops: FLOP/s by dtype name, as in ``Device``.
         bandwidth: memory bandwidth in bytes/s.
+        link: bytes/s that one device sends while all groups of a collective talk at once.
+        latency: start-up time of a collective, s.
+        hop: what each device that takes part adds to it, s.
     """
 
     flops: Mapping[str, float]
     bandwidth: float
+    link: float
+    latency: float
+    hop: float
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,14 @@ class Device:
             return self
         measured = max((n for n in self.simulated if n <= count), default=min(self.simulated))
         rates = self.simulated[measured]
-        return replace(self, flops=dict(rates.flops), bandwidth=rates.bandwidth)
+        return replace(
+            self,
+            flops=dict(rates.flops),
+            bandwidth=rates.bandwidth,
+            link=rates.link,
+            latency=rates.latency,
+            hop=rates.hop,
+        )
 
 
 @dataclass(frozen=True)
@@ -185,12 +198,14 @@ def _device(name: str, row: Row) -> Device:
         per_host=row["per_host"],
         domain=row["domain"],
         cores=row["cores"],
-        simulated={
-            int(count): Rates(_flops(row | rates), (row | rates)["memory_tb_s"] * 1e12)
-            for count, rates in row.get("at", {}).items()
-        },
+        simulated={int(count): _rates(row | rates) for count, rates in row.get("at", {}).items()},
         source=row.get("source", ""),
     )
+
+
+def _rates(row: Row) -> Rates:
+    latency, hop = row["latency_us"] * 1e-6, row["hop_us"] * 1e-6
+    return Rates(_flops(row), row["memory_tb_s"] * 1e12, row["links_gb_s"] * 1e9, latency, hop)
 
 
 def _flops(row: Mapping[str, Any]) -> dict[str, float]:

@@ -34,13 +34,13 @@ _RATES = {
     "fp8": _Column("TFLOP/s, 0 for none", positive=False),
     "int8": _Column("TOP/s, 0 for none", positive=False),
     "memory_tb_s": _Column("TB/s"),
+    "links_gb_s": _Column("GB/s, one direction"),
+    "latency_us": _Column("microseconds", positive=False),
+    "hop_us": _Column("microseconds a device", positive=False),
 }
 _NUMBERS = _RATES | {
     "memory_gb": _Column("GB"),
-    "links_gb_s": _Column("GB/s, one direction"),
     "network_gb_s": _Column("GB/s a device, one direction"),
-    "latency_us": _Column("microseconds", positive=False),
-    "hop_us": _Column("microseconds a device", positive=False),
     "network_latency_us": _Column("microseconds", positive=False, default=20.0),
     "network_hop_us": _Column("microseconds a host", positive=False, default=4.0),
     "matmul_efficiency": _Column("a part of 1", default=1.0, most=1.0),

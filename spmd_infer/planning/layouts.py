@@ -12,6 +12,7 @@ from spmd_infer.axes import (
     ATTN_HEADS,
     ATTN_KV_HEADS,
     BATCH,
+    CHANNELS,
     DATA,
     DEFAULT_RULES,
     EMBED,
@@ -42,7 +43,8 @@ WEIGHT_GATHERED = AxisRules(
     activations={
         BATCH: (DATA, MODEL),
         ATTN_BATCH: (DATA, MODEL),
-        **dict.fromkeys((EMBED, MLP, HEADS, KV_HEADS, VOCAB, ATTN_HEADS, ATTN_KV_HEADS)),
+        **dict.fromkeys((EMBED, MLP, CHANNELS, VOCAB)),
+        **dict.fromkeys((HEADS, KV_HEADS, ATTN_HEADS, ATTN_KV_HEADS)),
     },
     name="weight-gathered",
 )
@@ -57,7 +59,7 @@ KV_OVER_BATCH = AxisRules(
 there are fewer of them than devices."""
 
 RING = AxisRules(activations={KEY_SEQ: SEQUENCE}, name="ring attention")
-"""1-D, with long rows split over ``seq`` and keys and values passed around the ring (Liu et al. 2023); in the other
+"""1-D, with long rows split over ``seq`` and keys and values passed around the ring (Liu et al. 2023). In the other
 layouts they are gathered."""
 
 LAYOUTS: Mapping[str, AxisRules] = {

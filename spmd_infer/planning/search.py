@@ -166,7 +166,10 @@ class _Planner:
             cost = self.estimate(mesh)
         except AxisError as error:
             return Candidate(mesh, Memory(0, 0, 0, 0), None, "", str(error))
-        words = ", ".join(f"{count} {kind} over {axes}" for (kind, axes), count in sorted(cost.collectives.items()))
+        words = ", ".join(
+            f"{traffic.count} {kind} over {','.join(axes)}"
+            for (kind, axes), traffic in sorted(cost.collectives.items())
+        )
         reason = ""
         if cost.memory.total > self.available:
             reason = f"does not fit: needs {gigabytes(cost.memory.total)} a device, has {gigabytes(self.available)}"

@@ -15,13 +15,15 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
-from spmd_infer.axes import BATCH
+from spmd_infer.axes import BATCH, marked_axes, recorded_constraints
 from spmd_infer.functional import ModelFunction
 from spmd_infer.planning.layout import nbytes
 
 Labels = tuple[str | None, ...]
 
-_VIEWS = frozenset({"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota"})
+_VIEWS = frozenset(
+    {"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota", "name"}
+)
 _UPDATES = frozenset({"scatter", "dynamic_update_slice"})  # in place: what they update is not used again
 _ALIASES = _VIEWS | _UPDATES
 _SAME_VALUES = frozenset({"reshape", "squeeze", "convert_element_type", "copy", "transpose"})
@@ -78,12 +80,46 @@ class Product:
         return {left for left, _ in self.summed_dimensions}
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """A sum, maximum or the like over dimensions of one value.
+
+    Attributes:
+        value: what is reduced.
+        dimensions: the dimensions that disappear.
+        out: the result.
+        times: how often it runs in one step.
+    """
+
+    value: Value
+    dimensions: tuple[int, ...]
+    out: Value
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Relabel:
+    """A constraint in the model: the same value, whose dimensions follow other rules from here on.
+
+    Attributes:
+        before: the value as it was computed.
+        after: the value as it is wanted.
+        times: how often it happens in one step.
+    """
+
+    before: Value
+    after: Value
+    times: int = 1
+
+
 @dataclass
 class Work:
     """One step of a model.
 
     Attributes:
         products: in the order of execution.
+        reductions: likewise.
+        relabels: likewise.
         lives: ``(value, first, last)`` of each intermediate result: the positions between which it is alive. Inputs and
             results are not among them.
         inputs: the batch's arrays.
@@ -91,6 +127,8 @@ class Work:
     """
 
     products: list[Product] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    relabels: list[Relabel] = field(default_factory=list)
     lives: list[tuple[Value, int, int]] = field(default_factory=list)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
@@ -115,7 +153,8 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
         batch_axes: the logical axes of each of its leaves.
     """
     abstract = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
-    closed = jax.make_jaxpr(model)(abstract, batch)
+    with recorded_constraints():
+        closed = jax.make_jaxpr(model)(abstract, batch)
     paths = sorted(abstract)  # the order in which JAX flattens a dict
     labels: list[Labels] = [
         model.axes.get(path) or tuple(weight_label(path, d) for d in range(len(abstract[path].shape))) for path in paths
@@ -188,6 +227,7 @@ class _Reader:
         for shape, dtype in outs:
             weight = name in _SAME_VALUES and bool(operands) and operands[0].weight
             value = Value(shape, dtype, _labels(name, params, operands, shape), weight)
+            self._note(name, params, operands, value, times)
             results.append(self._view(operands, value) if name in _ALIASES else self._birth(value))
         return results
 
@@ -214,6 +254,13 @@ class _Reader:
             else self._birth(Value(shape, dtype, ((None,) * len(shape) + r.labels)[-len(shape) :] if shape else ()))
             for r, (shape, dtype) in zip(results, shapes, strict=True)
         ]
+
+    def _note(self, name: str, params: Mapping[str, Any], operands: list[Value], out: Value, times: int) -> None:
+        """Write down what may need communication although it is no product."""
+        if name == "name" and marked_axes(params["name"]) is not None:
+            self.work.relabels.append(Relabel(operands[0], out, times))
+        elif name.startswith(("reduce_", "arg")) and "axes" in params and name != "reduce_precision":
+            self.work.reductions.append(Reduction(operands[0], tuple(params["axes"]), out, times))
 
     def _birth(self, value: Value) -> Value:
         self._born[id(value)] = (value, self._clock)
@@ -290,6 +337,8 @@ def _labels(name: str, params: Mapping[str, Any], operands: list[Value], shape: 
     if not operands:
         return (None,) * rank
     first = operands[0]
+    if name == "name":
+        return marked_axes(params["name"]) or first.labels
     if name == "transpose":
         return tuple(first.labels[d] for d in params["permutation"])
     if name == "broadcast_in_dim":
