@@ -1,4 +1,4 @@
-"""Attention of decoders: over a prompt, and over a cache of earlier keys and values.
+"""Attention: of decoders over a prompt and over a cache of earlier keys and values, and of encoders within segments.
 
 Keys are cached as ``[B, K, H, S]`` and values as ``[B, K, S, H]``: the two layouts that a decode step reads at memory
 speed on a CPU, several times faster than any other. Query heads that share a key head are folded into the rows of one
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM
+from spmd_infer.models.ring_attention import find_split, split_attention
 from spmd_infer.tensors import Axes
 
 KEY_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, None)
@@ -25,6 +26,7 @@ VALUE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, None, HEAD_DIM)
 # Above this prompt length the scores of all queries at once would outgrow the weights; queries then go in blocks.
 _WHOLE_PROMPT = 1024
 _MAX_BLOCKS = 8
+_MASKED = -1e30
 
 
 class LayerCache(Protocol):
@@ -112,7 +114,11 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> 
     """
     batch, length, heads, head_dim = queries.shape
     groups = keys.shape[2]
-    rows = (queries * head_dim**-0.5).reshape(batch, length, groups, heads // groups, head_dim)
+    scaled = queries * head_dim**-0.5
+    split = find_split(queries, keys)
+    if split is not None:
+        return split_attention(split, scaled, keys, values, causal=True).astype(queries.dtype)
+    rows = scaled.reshape(batch, length, groups, heads // groups, head_dim)
     rows = rows.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     keys = keys.transpose(0, 2, 3, 1)  # [B, K, H, S]
     values = values.transpose(0, 2, 1, 3)  # [B, K, S, H]
@@ -126,6 +132,31 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> 
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim).astype(queries.dtype)
 
 
+def segment_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
+    """Attention of each position over all of its own segment.
+
+    Args:
+        queries: ``[B, T, N, H]``.
+        keys: ``[B, T, N, H]``.
+        values: ``[B, T, N, H]``.
+        segments: ``[B, T]`` integers. Padding is a segment like any other, so that no position sees nothing.
+
+    Returns:
+        ``[B, T, N, H]`` in the dtype of ``queries``.
+    """
+    scale = queries.shape[-1] ** -0.5
+    split = find_split(queries, keys)
+    if split is not None:
+        attended = split_attention(split, queries * scale, keys, values, causal=False, segments=segments)
+        return attended.astype(queries.dtype)
+    seen = segments[:, :, None] == segments[:, None, :]  # [B, T, S]
+    scores = jnp.einsum("btnh,bsnh->bnts", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None], scores * scale, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bnts,bsnh->btnh", weights, values, preferred_element_type=jnp.float32)
+    return mixed.astype(queries.dtype)
+
+
 def _attend_block(rows: jax.Array, keys: jax.Array, values: jax.Array, start: int) -> jax.Array:
     """Queries ``[B, K, G, T, H]`` at positions from ``start`` over keys ``[B, K, H, S]`` from position 0."""
     scores = jnp.einsum("bkgth,bkhs->bkgts", rows, keys, preferred_element_type=jnp.float32)
@@ -134,4 +165,4 @@ def _attend_block(rows: jax.Array, keys: jax.Array, values: jax.Array, start: in
     return jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-__all__ = ["KEY_AXES", "VALUE_AXES", "ContiguousCache", "LayerCache", "causal_attention"]
+__all__ = ["KEY_AXES", "VALUE_AXES", "ContiguousCache", "LayerCache", "causal_attention", "segment_attention"]

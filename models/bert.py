@@ -6,7 +6,7 @@ stays inside each; there is no dropout and no pooler (sentence embeddings are me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -17,7 +17,9 @@ from flax import nnx
 
 from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, BATCH, EMBED, HEAD_DIM, HEADS, KEY_SEQ, MLP, SEQ, constrain
 from spmd_infer.errors import ModelError
+from spmd_infer.models.attention import segment_attention
 from spmd_infer.models.layers import Embedding, LayerNorm, Linear
+from spmd_infer.models.pipeline import run_layers
 from spmd_infer.tensors import InputSpec, Source
 
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -30,7 +32,6 @@ _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 # Checkpoints of these architectures hold the encoder by itself; in all others its names begin with "bert.".
 _BARE = ("BertModel", "bert")
-_MASKED = -1e30
 
 
 @dataclass(frozen=True)
@@ -137,19 +138,15 @@ class SelfAttention(nnx.Module):
         self.query, self.key, self.value = project(), project(), project()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Attend over ``x [B, T, D]`` where ``mask [B, T, T]`` allows, in float32 scores; returns ``[B, T, D]``."""
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """Attend over ``x [B, T, D]`` within ``segments [B, T]``, in float32 scores; returns ``[B, T, D]``."""
 
         def heads(projection: Linear, seq: str) -> jax.Array:
             split = projection(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
             return constrain(split, ATTN_BATCH, seq, ATTN_HEADS, HEAD_DIM)  # [B, T, N, H]
 
         query, key, value = heads(self.query, SEQ), heads(self.key, KEY_SEQ), heads(self.value, KEY_SEQ)
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None], scores * self.head_dim**-0.5, _MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bnts,bsnh->btnh", weights, value, preferred_element_type=jnp.float32)
-        mixed = constrain(mixed.astype(x.dtype), ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
+        mixed = constrain(segment_attention(query, key, value, segments), ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
         return constrain(mixed, BATCH, SEQ, HEADS, HEAD_DIM).reshape(x.shape)
 
 
@@ -193,9 +190,9 @@ class Layer(nnx.Module):
         self.intermediate = Intermediate(config, rngs=rngs)
         self.output = Output(config, config.mlp_dim, MLP, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """``[B, T, D]`` to ``[B, T, D]``."""
-        x = self.attention.output(self.attention.self(x, mask), x)
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """``[B, T, D]`` and segment ids ``[B, T]`` to ``[B, T, D]``."""
+        x = self.attention.output(self.attention.self(x, segments), x)
         return self.output(self.intermediate(x), x)
 
 
@@ -206,6 +203,13 @@ class Encoder(nnx.Module):
         self.layer = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_layers)])
 
 
+def _through(layers: Iterable[Layer], x: jax.Array, segments: jax.Array) -> jax.Array:
+    """Pass ``x [B, T, D]`` through some neighbouring layers."""
+    for layer in layers:
+        x = layer(x, segments)
+    return x
+
+
 class Bert(nnx.Module):
     """BERT encoder.
 
@@ -213,6 +217,8 @@ class Bert(nnx.Module):
         config: its sizes.
         rngs: source of the initial weights.
     """
+
+    pipelined_layers = "encoder.layer"
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -256,11 +262,8 @@ class Bert(nnx.Module):
         segments = segment_ids if segment_ids is not None else attention_mask
         if segments is None:
             segments = jnp.ones_like(input_ids)
-        mask = segments[:, :, None] == segments[:, None, :]  # padding sees padding: no row of scores is empty
         x = constrain(self.embeddings(input_ids, position_ids, token_type_ids), BATCH, SEQ, EMBED)
-        for layer in self.encoder.layer:
-            x = layer(x, mask)
-        return {"last_hidden_state": x}
+        return {"last_hidden_state": run_layers(self.encoder.layer, _through, x, segments)}
 
     def embed(
         self,
