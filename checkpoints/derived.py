@@ -6,7 +6,7 @@ A change is a reader made from a reader, so that changes can be stacked and what
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes, Source
 
 Array = npt.NDArray[Any]
+
+UNUSED = "unused/"
+"""What the names of tensors begin with that belong to a checkpoint but not to its model as it is here."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class DerivedReader:
 
 def same(base: Reader, name: str, info: TensorInfo | None = None) -> Derived:
     """A tensor as it is underneath, under a name and description that may differ."""
-    return Derived(info or base.tensors[name], lambda box: base.read(name, as_slices(box)))
+    return Derived(info or base.tensors[name], lambda box: base.read(name, as_slices(box)), _takes_whole(base, name))
 
 
 def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...]) -> Derived:
@@ -119,16 +122,37 @@ def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...])
 
 
 def by_parameter(base: Reader, table: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]) -> DerivedReader:
-    """A checkpoint under a model's parameter paths and in the model's layout, in the order of the file."""
+    """A checkpoint under a model's parameter paths and in the model's layout, in the order of the file.
+
+    Tensors that the model does not use are kept, their names behind ``UNUSED``.
+    """
     order = {name: position for position, name in enumerate(base.tensors)}
     paths = sorted(shapes, key=lambda path: order.get(table[path].name, len(order)))
-    return DerivedReader(base, {path: from_source(base, path, table[path], shapes[path]) for path in paths})
+    tensors = {path: from_source(base, path, table[path], shapes[path]) for path in paths}
+    used = {table[path].name for path in paths}
+    for name, info in base.tensors.items():
+        if name not in used:
+            kept = name if name.startswith(UNUSED) else UNUSED + name
+            tensors[kept] = same(base, name, replace(info, name=kept))
+    return DerivedReader(base, tensors)
 
 
 def by_stored_name(
-    base: Reader, table: Mapping[str, Source], *, config: Mapping[str, Any], architecture: str | None = None
+    base: Reader,
+    table: Mapping[str, Source],
+    *,
+    config: Mapping[str, Any],
+    architecture: str | None = None,
+    unused: bool = False,
 ) -> DerivedReader:
     """The way back: a checkpoint that holds parameter paths, under the names and in the layout of a stored format.
+
+    Args:
+        base: the checkpoint.
+        table: where the format keeps each parameter.
+        config: its configuration from now on.
+        architecture: its architecture from now on.
+        unused: give the tensors that the model does not use their names back; otherwise they are left out.
 
     Raises:
         CheckpointError: the format's table changes values in a way that has no way back.
@@ -142,6 +166,10 @@ def by_stored_name(
         shape = info.shape if back is None else tuple(info.shape[d] for d in back)
         result = TensorInfo(source.name, shape, info.dtype, info.nbytes, info.file, info.stored_as)
         tensors[source.name] = Derived(result, partial(_turned, base, path, back), _takes_whole(base, path))
+    for name, info in base.tensors.items():
+        if unused and name.startswith(UNUSED):
+            back_name = name.removeprefix(UNUSED)
+            tensors[back_name] = same(base, name, replace(info, name=back_name))
     return DerivedReader(base, tensors, config=config, architecture=architecture)
 
 

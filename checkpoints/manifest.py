@@ -124,7 +124,8 @@ class ModelEntry(msgspec.Struct, frozen=True):
 
     Attributes:
         family: the model family whose parameter paths name the tensors; None where they keep their source's names.
-        names: the format whose names the tensors have, where they are not a family's parameter paths.
+        names: the format whose names the tensors have: all of them where there is no family, else those that the
+            family does not use.
         architecture: what the source said that it is.
         config: its configuration in the terms of a Hugging Face ``config.json``; empty where there was none.
         sizes: the family's own configuration, where there was no other.

@@ -124,7 +124,7 @@ class NativeReader:
             shared = intersection(chunk.box, box) if entry.shape else ()
             if shared is None or out.size == 0:
                 continue
-            target = out[(*as_slices(relative(shared, box)), ...)]  # the dots keep a scalar an array
+            target = out[as_slices(relative(shared, box))] if entry.shape else out
             unchecked = self.verify == "full" and (chunk.file, chunk.offset) not in self._verified
             if elements(shared) == elements(chunk.box) and target.flags.c_contiguous:
                 raw = target.reshape(-1).view(np.uint8)

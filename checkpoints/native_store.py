@@ -26,6 +26,7 @@ from spmd_infer.checkpoints.copying import (
     plan_copy,
     work_key,
 )
+from spmd_infer.checkpoints.derived import DerivedReader
 from spmd_infer.checkpoints.manifest import (
     DTYPES,
     FORMAT,
@@ -201,10 +202,29 @@ def store(
     return plan
 
 
+def stored_model(reader: Reader) -> ModelEntry | None:
+    """What a native checkpoint says of its model, also where it is seen through changes; None for other formats."""
+    base = _underneath(reader)
+    return base.manifest.model if isinstance(base, NativeReader) else None
+
+
+def stored_axes(reader: Reader) -> dict[str, Axes]:
+    """Logical axes that a native checkpoint gives, also where it is seen through changes; none for other formats."""
+    base = _underneath(reader)
+    return base.axes if isinstance(base, NativeReader) else {}
+
+
+def _underneath(reader: Reader) -> Reader:
+    while isinstance(reader, DerivedReader):
+        reader = reader.base
+    return reader
+
+
 def model_entry(reader: Reader) -> ModelEntry:
     """What a checkpoint says of its model, without knowing the family."""
-    if isinstance(reader, NativeReader):
-        return reader.manifest.model
+    stored = stored_model(reader)
+    if stored is not None:
+        return stored
     return ModelEntry(names=reader.stored, architecture=reader.architecture, config=dict(reader.config))
 
 

@@ -33,7 +33,7 @@ SUFFIX = ".safetensors"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_DTYPES: Mapping[str, npt.DTypeLike] = {
+DTYPES: Mapping[str, npt.DTypeLike] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -134,13 +134,13 @@ class SafetensorsReader:
                 continue
             if name in self.tensors:
                 raise CheckpointError(f"{file}: tensor {name!r} is also in {self.tensors[name].file}")
-            if entry["dtype"] not in _DTYPES:
+            if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} has dtype {entry['dtype']}; known are {', '.join(_DTYPES)}"
+                    f"{file}: tensor {name!r} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}"
                 )
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            dtype: np.dtype[Any] = np.dtype(_DTYPES[entry["dtype"]])
+            dtype: np.dtype[Any] = np.dtype(DTYPES[entry["dtype"]])
             check_shape(shape, dtype, name, file)
             self.tensors[name] = TensorInfo(name, shape, dtype, end - begin, file, entry["dtype"])
             self._places[name] = _Place(source, data_start + begin)

@@ -54,12 +54,13 @@ def verify(
     Args:
         reader: the open checkpoint.
         dtype: the dtype that its floats should have.
-        advance: called with the bytes of each piece when it has been checked.
+        advance: called with the bytes of each piece when it has been checked: for a native checkpoint once for digests
+            and once for values.
     """
     problems: list[Problem] = []
     damaged: set[str] = set()
     if isinstance(reader, NativeReader):
-        problems = verify_native(reader)
+        problems = verify_native(reader, advance=advance)
         damaged = {problem.tensor for problem in problems}
     for info in reader.tensors.values():
         if dtype is not None and info.dtype.name != dtype and _is_float(info.dtype):

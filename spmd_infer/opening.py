@@ -12,7 +12,8 @@ from flax import nnx
 
 from spmd_infer.axes import ATTN_KV_HEADS, SEQ
 from spmd_infer.checkpoints import Reader, open_checkpoint
-from spmd_infer.checkpoints.native_reader import NativeReader, Verify
+from spmd_infer.checkpoints.native_reader import Verify
+from spmd_infer.checkpoints.native_store import stored_model
 from spmd_infer.demo import PREFIX, demo_path
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
@@ -81,7 +82,7 @@ def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", ve
 def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") -> OpenedModel:
     """Find the model of an open checkpoint; arguments and errors as for ``open_model``."""
     shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
-    stored = reader.manifest.model if isinstance(reader, NativeReader) else None
+    stored = stored_model(reader)
     if stored is not None and stored.family is not None:
         family, config = family_named(stored.family), None
         if stored.sizes is not None:

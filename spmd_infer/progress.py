@@ -11,13 +11,14 @@ SHOW_AFTER = 2.0
 
 
 @contextmanager
-def progress(label: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, *, quiet: bool = False, unit: str = "") -> Iterator[Callable[[int], None]]:
     """Count up to ``total``; nothing is shown before two seconds have passed.
 
     Args:
         label: what is being done.
         total: how many steps there are.
         quiet: show nothing at all.
+        unit: ``"B"`` where the steps are bytes: rate and time left are shown then.
 
     Yields:
         ``advance(steps)``.
@@ -26,22 +27,36 @@ def progress(label: str, total: int, *, quiet: bool = False) -> Iterator[Callabl
         yield lambda steps: None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     started = time.monotonic()
     if not sys.stderr.isatty():
-        done = 0
+        done, said = 0, 0.0
 
         def line(steps: int) -> None:
-            nonlocal done
+            nonlocal done, said
             done += steps
             elapsed = time.monotonic() - started
-            if elapsed > SHOW_AFTER:
-                print(f"{label}: {done} of {total}, {elapsed:.0f} s", file=sys.stderr, flush=True)
+            if elapsed <= SHOW_AFTER or (unit and elapsed < said + SHOW_AFTER and done < total):
+                return
+            said = elapsed
+            text = f"{label}: {done} of {total}, {elapsed:.0f} s"
+            if unit:
+                rate = done / elapsed
+                left = f"{(total - done) / rate:.0f} s left" if rate else "time left unknown"
+                text = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left}"
+            print(text, file=sys.stderr, flush=True)
 
         yield line
         return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*(columns if unit else ()), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, visible=False)
 
         def advance(steps: int) -> None:

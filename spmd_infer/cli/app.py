@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from spmd_infer import __version__
-from spmd_infer.cli import doctor, generate, images, infer, plan, sentences
+from spmd_infer.cli import convert, doctor, generate, images, infer, inspect, plan, reshard, sentences, verify
 from spmd_infer.cli.configuration import read_configuration
 from spmd_infer.cli.options import DEBUG_VARIABLE
 from spmd_infer.errors import AxisError, BatchError, MeshError, PlanError, SpmdInferError, TaskError
@@ -25,8 +25,8 @@ default.
 
 Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong command line or configuration; 3 the
 checkpoint or model cannot be used; 4 the input is refused, or a file cannot be
-read or written; 5 no mesh or plan works, or the model does not fit; 6 doctor
-found a problem; 130 interrupted.
+read or written; 5 no mesh or plan works, or the model does not fit; 6 doctor or
+verify found a problem, or diff a difference; 130 interrupted.
 """
 
 UNUSABLE_MODEL, REFUSED_INPUT, NO_LAYOUT = 3, 4, 5
@@ -39,6 +39,11 @@ app.command("generate")(generate.generate)
 app.command("embed")(sentences.embed)
 app.command("classify")(images.classify)
 app.command("plan")(plan.plan)
+app.command("convert")(convert.convert)
+app.command("reshard")(reshard.reshard)
+app.command("inspect")(inspect.inspect)
+app.command("diff")(inspect.diff)
+app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 
 
