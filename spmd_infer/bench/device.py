@@ -1,0 +1,112 @@
+"""What all devices of this process reach together: matrix products by dtype, and memory.
+
+Every device runs the same program on arrays of its own at the same time, so that devices which share a machine
+(simulated ones) are measured while they get in each other's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spmd_infer.bench.timing import median_seconds
+
+_ACCUMULATED = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
+"""What products of each dtype are summed in: what models here ask for, and what XLA is fast at."""
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What was measured.
+
+    Attributes:
+        platform: ``cpu``, ``gpu`` or ``tpu``.
+        kind: the device's name for its driver.
+        count: how many devices ran at once.
+        flops: FLOP/s (OP/s) of all of them together, by dtype name.
+        read: bytes/s that all of them read together, in products of a matrix and one row.
+        copy: bytes/s read plus written in a copy.
+        call: seconds of a call that computes next to nothing.
+        memory_bytes: a device's memory as its driver says; 0 where it does not.
+    """
+
+    platform: str
+    kind: str
+    count: int
+    flops: dict[str, float]
+    read: float
+    copy: float
+    call: float
+    memory_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_device(seconds: float = 0.4) -> DeviceFigures:
+    """Measure all devices that JAX has, at once.
+
+    Args:
+        seconds: time for each figure; there are six.
+    """
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    mesh = Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, width = (512, 2048) if on_cpu else (8192, 8192)
+    per_device = (256 << 20) // len(devices) if on_cpu else 4 << 30
+    flops = {}
+    for name, summed in _ACCUMULATED.items():
+        product = _on_all(mesh, lambda x, w, summed=summed: _times(x, w, summed), 2)
+        x, w = (_ones(mesh, (size, width), name) for size in (rows, width))
+        run = _call(product, x, w)
+        flops[name] = len(devices) * 2.0 * rows * width * width / median_seconds(run, seconds)
+    length = per_device // 4 // width
+    matrix, row = _ones(mesh, (length, width), "float32"), _ones(mesh, (1, width), "float32")
+    read = _call(_on_all(mesh, lambda x, w: _times(x, w, jnp.float32), 2), row, matrix)
+    copied = _call(_on_all(mesh, lambda x: x + 1, 1), matrix)
+    tiny = _call(_on_all(mesh, lambda x: x + 1, 1), _ones(mesh, (8,), "float32"))
+    moved = float(len(devices) * length * width * 4)
+    return DeviceFigures(
+        platform=devices[0].platform,
+        kind=devices[0].device_kind,
+        count=len(devices),
+        flops=flops,
+        read=moved / median_seconds(read, seconds),
+        copy=2 * moved / median_seconds(copied, seconds),
+        call=median_seconds(tiny, seconds / 2, most=1000),
+        memory_bytes=int((devices[0].memory_stats() or {}).get("bytes_limit", 0)),
+    )
+
+
+def _times(x: jax.Array, w: jax.Array, summed: Any) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=summed)
+
+
+def _on_all(mesh: Mesh, fn: Callable[..., jax.Array], arguments: int) -> Callable[..., jax.Array]:
+    """``fn`` on each device's own part, of which the leading dimension of size one is hidden from it."""
+    spec = PartitionSpec("device")
+    run: Callable[..., jax.Array] = jax.jit(
+        jax.shard_map(
+            lambda *parts: fn(*(part[0] for part in parts))[None],
+            mesh=mesh,
+            in_specs=(spec,) * arguments,
+            out_specs=spec,
+        )
+    )
+    return run
+
+
+def _ones(mesh: Mesh, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    placed = NamedSharding(mesh, PartitionSpec("device"))
+    made: jax.Array = jax.jit(lambda: jnp.ones((mesh.size, *shape), dtype), out_shardings=placed)()
+    return made
+
+
+def _call(fn: Callable[..., jax.Array], *args: jax.Array) -> Callable[[], jax.Array]:
+    return lambda: fn(*args)
