@@ -13,7 +13,7 @@ loses little by it, and no head is cut in two.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from spmd_infer.axes import (
 from spmd_infer.errors import ModelError
 from spmd_infer.models.attention import LayerCache, causal_attention
 from spmd_infer.models.layers import Embedding, Linear, RMSNorm
+from spmd_infer.models.pipeline import Stages
 from spmd_infer.tensors import InputSpec, Source
 
 Cache = TypeVar("Cache", bound=LayerCache)
@@ -270,6 +271,8 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A decoder with its language-model head."""
 
+    pipelined_layers = "layers"
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
         self.embed_tokens = Embedding(config.vocab_size, config.embed_dim, axes=(VOCAB, EMBED), rngs=rngs)
         self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
@@ -338,14 +341,26 @@ class Llama(nnx.Module):
         With caches and T > 1 the tokens are whole prompts; with T = 1 they follow what the caches hold.
         """
         x = constrain(self.embed_tokens(input_ids), BATCH, SEQ, EMBED)
+        if isinstance(self.layers, Stages):
+            if caches:
+                raise ModelError("layers spread over stages keep no cache: generate on a mesh without stages")
+            x = self.layers(lambda *inputs: self._through(*inputs)[0], x, positions)
+            return self.norm(x), ()
+        x, updated = self._through(self.layers, x, positions, caches)
+        return self.norm(x), updated
+
+    def _through(
+        self, layers: Iterable[Block], x: jax.Array, positions: jax.Array, caches: Sequence[Cache] = ()
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Pass ``x [B, T, D]`` through some neighbouring layers."""
         turned = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)  # [B, T, 1, H / 2]
         angles = jnp.cos(turned), jnp.sin(turned)
         updated = []
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(layers):
             x, cache = block(x, angles, positions, caches[index] if caches else None)
             if cache is not None:
                 updated.append(cache)
-        return self.norm(x), tuple(updated)
+        return x, tuple(updated)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Scores of every token for states ``x [..., D]``, as ``[..., V]`` float32."""

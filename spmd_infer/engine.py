@@ -24,9 +24,10 @@ from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
 from spmd_infer.model_program import model_program
 from spmd_infer.opening import OpenedModel, open_model
+from spmd_infer.pipeline import base_axes, own_layouts, resolve_stages, stacked, unstacked
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.resolve import MeshLike, platform_of, resolve_mesh
-from spmd_infer.planning.search import Workload
+from spmd_infer.planning.resolve import MeshLike, platform_of
+from spmd_infer.planning.workload import Workload
 from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner
 from spmd_infer.signature import Signature
@@ -75,11 +76,12 @@ class Engine:
         signature = Signature(inputs) if inputs is not None else None
         if example is not None and signature is None:
             signature = Signature.from_example(example)
-        plan, built = resolve_mesh(mesh, function, signature.inputs if signature else None, workload, rules)
-        weights = {
-            layout.path: jax.device_put(function.params[layout.path], NamedSharding(built, layout.spec))
-            for layout in plan.weights
-        }
+        values = function.params
+        function, plan, built = resolve_stages(mesh, function, signature.inputs if signature else None, workload, rules)
+        placed = own_layouts(function, plan.weights, built)
+        weights = stacked(
+            function, plan.weights, built, {p: jax.device_put(values[p], to.sharding) for p, to in placed.items()}
+        )
         self._set_up(function, weights, plan, built, signature, buckets)
 
     def _set_up(
@@ -139,14 +141,12 @@ class Engine:
         opened = open_model(path, dtype, platform=platform_of(mesh), verify=verify)
         units = (rules or AxisRules()).with_units(opened.config.axis_units())
         traffic = opened.workload(workload or Workload())
-        plan, built = resolve_mesh(mesh, opened.model, opened.inputs, traffic, units)
-        abstract = {
-            layout.path: jax.ShapeDtypeStruct(layout.shape, layout.dtype, sharding=NamedSharding(built, layout.spec))
-            for layout in plan.weights
-        }
-        weights = load_onto(opened.reader, opened.table, abstract)
+        function, plan, built = resolve_stages(mesh, opened.model, opened.inputs, traffic, units)
+        abstract = own_layouts(function, plan.weights, built)
+        loaded = load_onto(opened.reader, {path: opened.table[path] for path in abstract}, abstract)
+        weights = stacked(function, plan.weights, built, loaded)
         engine = cls.__new__(cls)
-        engine._set_up(opened.model, weights, plan, built, Signature(opened.inputs), buckets, opened)
+        engine._set_up(function, weights, plan, built, Signature(opened.inputs), buckets, opened)
         return engine
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -162,7 +162,8 @@ class Engine:
         from spmd_infer.conversion import entry_of
 
         model = entry_of(self.family, self.config, self.reader) if self.family and self.config else None
-        save(self.params, path, axes=self._model.axes, model=model, source=self.reader, overwrite=overwrite)
+        own = unstacked(self._model, self.params)
+        save(own, path, axes=base_axes(self._model), model=model, source=self.reader, overwrite=overwrite)
 
     @classmethod
     def ensemble(
