@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from spmd_infer import __version__
-from spmd_infer.cli import convert, doctor, generate, images, infer, inspect, plan, reshard, sentences, verify
+from spmd_infer.cli import bench, convert, doctor, generate, images, infer, inspect, plan, reshard, sentences, verify
 from spmd_infer.cli.configuration import read_configuration
 from spmd_infer.cli.options import DEBUG_VARIABLE
 from spmd_infer.errors import AxisError, BatchError, MeshError, PlanError, SpmdInferError, TaskError
@@ -44,6 +44,7 @@ app.command("reshard")(reshard.reshard)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 
