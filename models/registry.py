@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from spmd_infer.errors import ModelError
+from spmd_infer.models.phases import Phase, decoder_phases
 from spmd_infer.tensors import InputSpec, Source
 
 
@@ -94,6 +95,10 @@ class Family:
             return 0
         sizes: Any = config
         return int(2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize)
+
+    def phases(self, config: ModelConfig, input_len: int, output_len: int, dtype: Any) -> tuple[Phase, ...]:
+        """The kinds of steps of a model that generates; none for a model that takes one."""
+        return decoder_phases(config, input_len, output_len, dtype) if self.task == "generate" else ()
 
     def context_len(self, config: ModelConfig) -> int | None:
         """The longest row that a model of text takes; None where rows have no length."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spmd_infer.generation.sampling import SamplingParams
     from spmd_infer.mesh import MeshSpec
     from spmd_infer.planning.mesh_plan import MeshPlan
-    from spmd_infer.planning.search import Workload
+    from spmd_infer.planning.workload import Workload
     from spmd_infer.plans import plan
     from spmd_infer.tasks.generate import Completion
     from spmd_infer.tensors import InputSpec
@@ -39,7 +39,7 @@ _HOME = {
     "SamplingParams": "generation.sampling",
     "SpmdInferError": "errors",
     "WeightedMean": "aggregate",
-    "Workload": "planning.search",
+    "Workload": "planning.workload",
     "axis_scope": "axes",
     "constrain": "axes",
     "plan": "plans",

@@ -265,7 +265,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         if _recording.get():
             from jax.ad_checkpoint import checkpoint_name
 
-            return checkpoint_name(x, MARK + ",".join(axis or "" for axis in axes))
+            marked: jax.Array = checkpoint_name(x, MARK + ",".join(axis or "" for axis in axes))
+            return marked
         return x
     import jax
     from jax.sharding import NamedSharding, PartitionSpec

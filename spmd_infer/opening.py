@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_infer.axes import ATTN_KV_HEADS, SEQ
+from spmd_infer.axes import SEQ
 from spmd_infer.checkpoints import Reader, open_checkpoint
 from spmd_infer.checkpoints.native_reader import Verify
 from spmd_infer.checkpoints.native_store import stored_model
@@ -18,8 +18,9 @@ from spmd_infer.demo import PREFIX, demo_path
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
+from spmd_infer.models.phases import Phase
 from spmd_infer.models.registry import ModelConfig, family_named
-from spmd_infer.planning.search import DEFAULT_SIZE, Workload
+from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import InputSpec, Source
 
 
@@ -44,18 +45,17 @@ class OpenedModel:
     table: dict[str, Source]
 
     def workload(self, traffic: Workload) -> Workload:
-        """The traffic with rows no longer than this model takes, and the keys and values that it keeps for them."""
-        largest = max(self.model.params.values(), key=lambda p: p.size)
-        per_position = self.family.cache_bytes(self.config, largest.dtype)
+        """The traffic with rows no longer than this model takes."""
         longest = self.family.context_len(self.config)
-        length = traffic.sizes.get(SEQ, DEFAULT_SIZE)
-        length = length if longest is None else min(length, longest)
-        return replace(
-            traffic,
-            sizes={**traffic.sizes, SEQ: length},
-            cache_bytes_per_row=per_position * length,
-            cache_heads=self.config.axis_units().get(ATTN_KV_HEADS, 1),
-        )
+        length = traffic.size(SEQ)
+        if longest is not None and self.family.task == "generate":
+            length = min(length, max(1, longest - traffic.output_len))
+        return replace(traffic, sizes={**traffic.sizes, SEQ: length if longest is None else min(length, longest)})
+
+    def phases(self, traffic: Workload) -> tuple[Phase, ...]:
+        """The kinds of steps that this model takes for such traffic; none where it takes one."""
+        largest = max(self.model.params.values(), key=lambda p: p.size)
+        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, largest.dtype)
 
 
 def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", verify: Verify = "full") -> OpenedModel:

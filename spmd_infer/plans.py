@@ -13,7 +13,8 @@ from spmd_infer.mesh import MeshSpec
 from spmd_infer.opening import open_model
 from spmd_infer.planning.hardware import Cluster, found_cluster, parse_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import Workload, make_plan
+from spmd_infer.planning.search import make_plan
+from spmd_infer.planning.workload import DEFAULT_OUTPUT, DEFAULT_SIZE, Objective, Workload
 from spmd_infer.signature import Signature
 
 
@@ -25,6 +26,10 @@ def plan(
     hosts: int = 1,
     batch: int = 8,
     length: int | None = None,
+    output: int | None = None,
+    objective: Objective = "latency",
+    ttft_limit: float | None = None,
+    itl_limit: float | None = None,
     mesh: str | MeshSpec = "auto",
     dtype: Any = None,
     example: Any = None,
@@ -39,7 +44,11 @@ def plan(
         devices: ``"16xH100"``, a number of simulated CPU devices, or a ``Cluster``; default the devices there are.
         hosts: how many hosts they are spread over.
         batch: rows that one step handles.
-        length: tokens in a row, for models of text; default 128.
+        length: tokens in a row (of a prompt, for models that generate), for models of text; default 128.
+        output: tokens that each request asks for, for models that generate; default 64.
+        objective: ``latency``, ``throughput`` or ``cost``; see ``Workload``.
+        ttft_limit: seconds to the first token that no plan may exceed.
+        itl_limit: seconds between tokens that no plan may exceed.
         mesh: ``"auto"``, or a mesh to judge.
         dtype: as for ``Engine.load``.
         example: a batch of a model of your own, from which its inputs are learnt.
@@ -50,17 +59,31 @@ def plan(
         PlanError: the devices are unknown, or no mesh works; ``DoesNotFitError`` where memory is what is missing.
     """
     cluster = _cluster(devices, hosts)
-    workload = Workload(rows=batch, sizes={SEQ: length or 128})
+    workload = Workload(
+        rows=batch,
+        sizes={SEQ: length or DEFAULT_SIZE},
+        output_len=output or DEFAULT_OUTPUT,
+        objective=objective,
+        ttft_limit=ttft_limit,
+        itl_limit=itl_limit,
+    )
     spec = None if mesh == "auto" else MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if isinstance(model, str | Path):
         opened = open_model(model, dtype, platform="cpu" if cluster.device.shared else cluster.device.name)
-        function, inputs = opened.model, opened.inputs
-        rules = (rules or AxisRules()).with_units(opened.config.axis_units())
         workload = opened.workload(workload)
-    else:
-        function = model_function(model, params)
-        if example is not None and inputs is None:
-            inputs = Signature.from_example(example).inputs
+        return make_plan(
+            opened.model,
+            cluster,
+            inputs=opened.inputs,
+            phases=opened.phases(workload),
+            workload=workload,
+            rules=rules,
+            mesh=spec,
+            units=dict(opened.config.axis_units()),
+        )
+    function = model_function(model, params)
+    if example is not None and inputs is None:
+        inputs = Signature.from_example(example).inputs
     return make_plan(function, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, AxisRules, axis_tuple
+from spmd_infer.axes import ATTN_KV_HEADS, AxisRules, axis_tuple
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
@@ -52,6 +52,7 @@ class _Splits:
 
     def __init__(self, rules: AxisRules, mesh: Mapping[str, int], layouts: Sequence[WeightLayout]) -> None:
         self._rules, self._mesh = rules, mesh
+        self._found: dict[Value, list[tuple[str, ...]]] = {}
         self._own: dict[str, tuple[str, ...]] = {}
         for layout in layouts:
             if layout.axes is None:
@@ -61,6 +62,12 @@ class _Splits:
 
     def of(self, value: Value) -> list[tuple[str, ...]]:
         """The mesh axes of each dimension; an axis serves only the first dimension that wants it."""
+        found = self._found.get(value)
+        if found is None:
+            found = self._found[value] = self._split(value)
+        return found
+
+    def _split(self, value: Value) -> list[tuple[str, ...]]:
         rules = self._rules if value.weight else self._rules.of_activations
         used: set[str] = set()
         found = []
@@ -85,14 +92,7 @@ class _Splits:
 
 
 def cost_of(
-    mesh: MeshSpec,
-    rules: AxisRules,
-    layouts: Sequence[WeightLayout],
-    work: Work | None,
-    cache_bytes: int,
-    cache_heads: int,
-    rows: int,
-    cluster: Cluster,
+    mesh: MeshSpec, rules: AxisRules, layouts: Sequence[WeightLayout], work: Work | None, cluster: Cluster
 ) -> MeshCost:
     """Estimate memory and time of one step.
 
@@ -101,27 +101,22 @@ def cost_of(
         rules: where each logical axis goes.
         layouts: where each weight goes.
         work: what a step computes; None where the inputs are unknown.
-        cache_bytes: keys and values of all rows, bytes, for models that keep them.
-        cache_heads: the number of heads that the cache splits into.
-        rows: rows of the batch.
         cluster: the devices.
     """
     splits = _Splits(rules, mesh.shape, layouts)
     weights = sum(layout.device_bytes for layout in layouts)
-    cache_value = Value((rows, cache_heads), "float32", (ATTN_BATCH, ATTN_KV_HEADS))
-    cache = cache_bytes // splits.parts(splits.axes(cache_value))
     if work is None:
-        return MeshCost(Memory(weights, cache, 0, 0), None, {})
-    inputs = sum(splits.device_bytes(value) for value in (*work.inputs, *work.outputs))
-    share = cluster.count if cluster.device.shared else 1
-    compute, moved = 0.0, float(cache)
+        return MeshCost(Memory(weights, 0, 0, 0), None, {})
+    device = cluster.device.running(cluster.count)
+    share = cluster.count if device.shared else 1
+    compute = moved = 0.0
     gathered = 0
     messages: list[_Message] = []
     for product in work.products:
         found = list(_of_product(product, splits))
-        gathered += sum(message.nbytes for message in found if message.weight)
+        gathered += sum(message.nbytes * message.times for message in found if message.weight)
         messages += found
-        rate = cluster.device.peak(product.right.dtype) / share
+        rate = device.peak(product.right.dtype) * device.matmul_efficiency / share
         compute += product.times * product.flops / splits.parts(_working_axes(product, splits)) / rate
         read = (product.left,) if product.lookup else (product.left, product.right)
         moved += product.times * sum(splits.device_bytes(value) for value in (*read, product.out))
@@ -137,9 +132,43 @@ def cost_of(
         traffic[message.kind, message.axes] = Traffic(
             known.count + message.times, known.nbytes + message.times * message.nbytes
         )
-    # XLA brings split weights together early: all of them may be alive at once.
-    memory = Memory(weights, cache, _peak(work, splits) + gathered, inputs)
-    return MeshCost(memory, StepTime(compute, moved / (cluster.device.bandwidth / share), talk), traffic)
+    caches = [value for value in work.inputs if is_cache(value)]
+    arrays = [value for value in (*work.inputs, *work.outputs) if not is_cache(value)]
+    memory = Memory(
+        weights=weights,
+        cache=sum(splits.device_bytes(value) for value in caches),
+        # XLA brings split weights together early: all of them may be alive at once.
+        activations=_peak(work, splits) + gathered,
+        inputs=sum(splits.device_bytes(value) for value in arrays),
+    )
+    return MeshCost(
+        memory, StepTime(compute, moved / (device.bandwidth * device.bandwidth_efficiency / share), talk), traffic
+    )
+
+
+def is_cache(value: Value) -> bool:
+    """Whether an input or result is keys or values that stay on the devices between steps."""
+    return ATTN_KV_HEADS in value.labels and len(value.shape) > 2
+
+
+def reshard_time(
+    values: Sequence[tuple[Value, int]], before: AxisRules, after: AxisRules, mesh: MeshSpec, cluster: Cluster
+) -> float:
+    """Seconds to move values from one layout to another on the same mesh: ``(value, how many such)`` each.
+
+    What a device must receive is its new piece less what of it the device holds already, at link speed.
+    """
+    old, new = _Splits(before, mesh.shape, ()), _Splits(after, mesh.shape, ())
+    received = 0.0
+    for value, count in values:
+        common = 1
+        for ours, theirs in zip(old.of(value), new.of(value), strict=True):
+            common *= old.parts(set(ours) | set(theirs))
+        if old.of(value) != new.of(value):
+            received += count * (new.device_bytes(value) - value.nbytes // common)
+    crosses = cluster.count > cluster.domain
+    speed = cluster.device.collective_bandwidth(received, leaves_domain=crosses) if received else 1.0
+    return received / speed
 
 
 @dataclass(frozen=True)
@@ -231,17 +260,17 @@ def collective_time(kind: str, size: int, mesh: MeshSpec, axes: Sequence[str], c
         axes: the mesh axes along which devices talk.
         cluster: the devices.
     """
+    device = cluster.device.running(cluster.count)
     parts = prod(mesh.shape[axis] for axis in axes)
-    reach = 1  # how many devices apart, in the mesh's order, the members of one group can be
-    inner = 1
+    reach = inner = 1  # how many devices apart, in the mesh's order, the members of one group can be
     for name, length in reversed(mesh.sizes):
         inner *= length
         if name in axes:
             reach = inner
-    crosses = reach > cluster.per_host
-    bandwidth = cluster.device.network if crosses else cluster.device.link
+    domains = max(1, min(parts, -(-reach // cluster.domain)))
     moved = _VOLUME[kind](parts) * size
-    return cluster.device.latency + parts * cluster.device.hop + moved / bandwidth
+    bandwidth = device.collective_bandwidth(size, leaves_domain=domains > 1)
+    return device.collective_latency(parts, domains) + moved / bandwidth
 
 
 _VOLUME: Mapping[str, Callable[[int], float]] = {

@@ -55,8 +55,8 @@ KV_OVER_BATCH = AxisRules(
     activations={ATTN_BATCH: (DATA, MODEL), ATTN_HEADS: None, ATTN_KV_HEADS: None},
     name="1-D, attention over batch",
 )
-"""1-D, with keys and values split by rows instead of heads: two all-to-alls a layer, and no key head is held twice where
-there are fewer of them than devices."""
+"""1-D, with keys and values split by rows instead of heads: two all-to-alls a layer, and no key head is held twice
+where there are fewer of them than devices."""
 
 RING = AxisRules(activations={KEY_SEQ: SEQUENCE}, name="ring attention")
 """1-D, with long rows split over ``seq`` and keys and values passed around the ring (Liu et al. 2023). In the other

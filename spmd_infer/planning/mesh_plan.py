@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -45,28 +45,57 @@ class StepTime:
         compute: arithmetic at the device's peak rate.
         memory: weights, cache and activations read at the device's bandwidth.
         collectives: communication that the layout needs.
+        total_seconds: the whole, where the parts are sums over different steps.
     """
 
     compute: float
     memory: float
     collectives: float
+    total_seconds: float | None = None
 
     @property
     def total(self) -> float:
-        """Arithmetic and memory overlap; collectives are added."""
+        """Of one step: arithmetic and memory overlap, collectives are added. Of several: their sum."""
+        if self.total_seconds is not None:
+            return self.total_seconds
         return max(self.compute, self.memory) + self.collectives
 
 
 @dataclass(frozen=True)
+class PhaseEstimate:
+    """What one kind of step is estimated to cost.
+
+    Attributes:
+        name: ``prefill``, ``decode``, or ``infer`` for models that take one kind of step.
+        layout: how the model lies in it.
+        times: how many such steps one batch of requests takes.
+        time: of one step.
+        collectives: kinds and numbers of collectives in one step, in words.
+    """
+
+    name: str
+    layout: str
+    times: int
+    time: StepTime
+    collectives: str
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One mesh that was looked at.
+    """One mesh and layout that was looked at.
 
     Attributes:
         mesh: its axes and sizes.
         memory: what it needs on the fullest device.
-        time: what one step is estimated to take; None where no batch is known.
-        collectives: kinds and numbers of collectives a step, in words.
+        time: what a batch of requests is estimated to take in all; None where no batch is known.
+        collectives: kinds and numbers of collectives in a step (the last kind of step), in words.
         rejected: why it was not chosen; empty for the chosen one.
+        layout: the layout's name; two names where phases differ.
+        phases: the estimate for each kind of step.
+        rules: the rules of each phase by name.
+        switch: seconds of moving keys and values, and weights where they differ, between phases; part of ``time``.
+        most_rows: how many rows of this length fit in memory at once.
+        rows: rows that the estimates are for, padding included.
     """
 
     mesh: MeshSpec
@@ -74,6 +103,12 @@ class Candidate:
     time: StepTime | None
     collectives: str
     rejected: str
+    layout: str = ""
+    phases: tuple[PhaseEstimate, ...] = ()
+    rules: Mapping[str, AxisRules] = field(default_factory=dict)
+    switch: float = 0.0
+    most_rows: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +136,11 @@ class MeshPlan:
     workload: str
     given: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def phase_rules(self) -> Mapping[str, AxisRules]:
+        """The rules of each phase that has its own; other programs follow ``rules``."""
+        return {name: rules for name, rules in self.chosen.rules.items() if rules is not self.rules}
 
     @property
     def mesh(self) -> MeshSpec:

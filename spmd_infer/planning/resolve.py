@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,16 +11,25 @@ from jax.sharding import Mesh
 from spmd_infer.axes import AxisRules
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec, auto_mesh, spec_of
+from spmd_infer.models.phases import Phase
 from spmd_infer.planning.hardware import found_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import Workload, make_plan
+from spmd_infer.planning.search import make_plan
+from spmd_infer.planning.workload import Workload
 
 MeshLike = str | MeshSpec | MeshPlan | Mesh
 """``"auto"``, ``"data=2,model=4"``, the same parsed, a plan, or a mesh."""
 
 
 def resolve_mesh(
-    mesh: MeshLike, model: ModelFunction, inputs: Any, workload: Workload | None, rules: AxisRules | None
+    mesh: MeshLike,
+    model: ModelFunction,
+    inputs: Any,
+    workload: Workload | None,
+    rules: AxisRules | None,
+    *,
+    phases: Sequence[Phase] = (),
+    units: Mapping[str, int] | None = None,
 ) -> tuple[MeshPlan, Mesh]:
     """Plan for the devices that the caller means.
 
@@ -28,7 +38,9 @@ def resolve_mesh(
         model: the model; abstract parameters are enough.
         inputs: a pytree of ``InputSpec``; None where they are unknown.
         workload: the traffic to plan for.
-        rules: where logical axes go; default those of a given plan, else the default rules.
+        rules: where logical axes go; default those of a given plan, else what ``make_plan`` chooses among.
+        phases: the kinds of steps of a model that takes several.
+        units: indivisible units of the model's axes.
 
     Returns:
         The plan, and the mesh that it names.
@@ -40,16 +52,17 @@ def resolve_mesh(
     if isinstance(mesh, MeshPlan):
         rules = rules or mesh.rules
         mesh = mesh.mesh
+    options: dict[str, Any] = {"inputs": inputs, "workload": workload, "rules": rules}
+    options |= {"phases": phases, "units": dict(units or {})}
     if isinstance(mesh, str) and mesh == "auto":
-        plan = make_plan(model, found_cluster(jax.devices()), inputs=inputs, workload=workload, rules=rules)
+        plan = make_plan(model, found_cluster(jax.devices()), **options)
         return plan, plan.build()
     if isinstance(mesh, Mesh):
         built = auto_mesh(mesh)
     else:
         built = (MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh).build()
     cluster = found_cluster(list(built.devices.flat))
-    plan = make_plan(model, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec_of(built))
-    return plan, built
+    return make_plan(model, cluster, mesh=spec_of(built), **options), built
 
 
 def platform_of(mesh: MeshLike) -> str:

@@ -8,9 +8,9 @@ that for any mesh one can say which products are split, and which need a collect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
@@ -117,13 +117,13 @@ class Work:
     """One step of a model.
 
     Attributes:
-        products: in the order of execution.
+        products: in the order of execution, equal ones as one with the sum of their times.
         reductions: likewise.
         relabels: likewise.
         lives: ``(value, first, last)`` of each intermediate result: the positions between which it is alive. Inputs and
             results are not among them.
         inputs: the batch's arrays.
-        outputs: the results.
+        outputs: the results, without those that are inputs updated in place.
     """
 
     products: list[Product] = field(default_factory=list)
@@ -167,8 +167,7 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
     ]
     outputs = reader.run(closed, values, times=1)
     reader.work.inputs = values[len(paths) :]
-    reader.work.outputs = outputs
-    reader.close(outputs)
+    reader.close(values, outputs)
     return reader.work
 
 
@@ -203,9 +202,14 @@ class _Reader:
             known.update(zip(equation.outvars, results, strict=True))
         return [look(atom) for atom in jaxpr.outvars]
 
-    def close(self, outputs: Sequence[Value]) -> None:
-        """Write down how long each value lived. Results are not among them: they have memory of their own."""
+    def close(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+        """Write down how long each value lived, and the results that are not inputs updated in place."""
+        given = {id(value) for value in inputs}
         results = {self._source.get(id(value), id(value)) for value in outputs}
+        self.work.outputs = [v for v in outputs if self._source.get(id(v), id(v)) not in given]
+        self.work.products = _merged(self.work.products)
+        self.work.reductions = _merged(self.work.reductions)
+        self.work.relabels = _merged(self.work.relabels)
         for identity, (value, first) in self._born.items():
             if identity not in results:
                 self.work.lives.append((value, first, self._used.get(identity, first)))
@@ -275,6 +279,18 @@ class _Reader:
 
     def _use(self, value: Value) -> None:
         self._used[self._source.get(id(value), id(value))] = self._clock
+
+
+_Repeated = TypeVar("_Repeated", Product, Reduction, Relabel)
+
+
+def _merged(items: Sequence[_Repeated]) -> list[_Repeated]:
+    """Equal items as one with the sum of their times: the layers of a model repeat each other."""
+    times: dict[_Repeated, int] = {}
+    for item in items:
+        key = replace(item, times=1)
+        times[key] = times.get(key, 0) + item.times
+    return [replace(item, times=count) for item, count in times.items()]
 
 
 def _body(params: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from spmd_infer.errors import BatchError, ModelError
 from spmd_infer.generation.tokenizer import Tokenizer
 from spmd_infer.models.bert import Bert, Config, input_spec, name_table
 from spmd_infer.planning.audit import collectives, summary
-from spmd_infer.planning.search import Workload
+from spmd_infer.planning.workload import Workload
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "bert_minilm.npz"
 SMALL = Config(vocab_size=60, embed_dim=24, mlp_dim=40, num_layers=2, num_heads=4, max_positions=32)

@@ -19,7 +19,8 @@ from spmd_infer.models.llama import Config, Llama
 from spmd_infer.models.llama import input_spec as llama_inputs
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.hardware import found_cluster, hardware_table, parse_cluster
-from spmd_infer.planning.search import Workload, make_plan
+from spmd_infer.planning.search import make_plan
+from spmd_infer.planning.workload import Workload
 
 LARGE = Config(
     vocab_size=128256,
@@ -45,7 +46,7 @@ def plan_llama(config: Config, devices: str, rows: int, length: int, dtype: obje
         parse_cluster(devices),
         inputs=llama_inputs(config),
         workload=Workload(rows=rows, sizes={"seq": length}),
-        rules=si.AxisRules().with_units(config.axis_units()),
+        units=dict(config.axis_units()),
     )
 
 
