@@ -16,12 +16,12 @@ from typing import Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM
+from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ
 from spmd_infer.models.ring_attention import find_split, split_attention
 from spmd_infer.tensors import Axes
 
-KEY_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, None)
-VALUE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, None, HEAD_DIM)
+KEY_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ)
+VALUE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, KEY_SEQ, HEAD_DIM)
 
 # Above this prompt length the scores of all queries at once would outgrow the weights; queries then go in blocks.
 _WHOLE_PROMPT = 1024
