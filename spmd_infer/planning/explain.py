@@ -1,37 +1,61 @@
-"""A plan in words, as a table, as a picture of one weight on the mesh, and as plain data."""
+"""A plan in words, as tables, as a picture of one weight on the mesh, and as plain data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from spmd_infer.planning.layout import WeightLayout
-from spmd_infer.planning.mesh_plan import Candidate, MeshPlan
-from spmd_infer.planning.search import gigabytes
+from spmd_infer.planning.mesh_plan import Candidate, Memory, MeshPlan, StepTime
+from spmd_infer.planning.search import RESERVE, gigabytes
+from spmd_infer.planning.weight_groups import WeightGroup, holders, pieces, weight_groups
+
+SHOWN_CANDIDATES = 14
+SHOWN_GROUPS = 8
+_BAR = 60
+_LARGEST_PICTURE = 16
 
 
 def explain(plan: MeshPlan) -> str:
     """The plan for a terminal."""
     how = "given by the caller" if plan.given else "chosen"
     total = sum(layout.nbytes for layout in plan.weights)
+    layout = f", {plan.chosen.layout}" if plan.chosen.layout else ""
     lines = [
-        f"Plan for {plan.model} on {plan.cluster}: mesh {plan.mesh} ({how})",
+        f"Plan for {plan.model} on {plan.cluster}: mesh {plan.mesh}{layout} ({how})",
         f"  traffic: {plan.workload}; weights: {gigabytes(total)} in {len(plan.weights)} tensors",
+        *(f"  {line}" for line in _phases(plan.chosen)),
+        "",
+        *_memory(plan),
         "",
         *_table(plan),
     ]
     if plan.notes:
         lines += ["", *(f"  note: {note}" for note in plan.notes)]
-    weight = _shown(plan)
-    if weight is not None:
-        lines += ["", *_picture(plan, weight)]
+    groups = weight_groups(plan.weights)
+    lines += ["", *_groups(groups)]
+    shown = _shown(groups, plan)
+    if shown is not None:
+        lines += ["", *_picture(plan, shown)]
     return "\n".join(lines)
 
 
 def to_dict(plan: MeshPlan) -> dict[str, Any]:
     """The plan as plain data."""
+    device = plan.cluster.device
     return {
         "model": plan.model,
-        "devices": {"kind": plan.cluster.device.name, "count": plan.cluster.count, "hosts": plan.cluster.hosts},
+        "devices": {"kind": device.name, "count": plan.cluster.count, "hosts": plan.cluster.hosts},
+        "hardware": {
+            "link_domain": plan.cluster.domain,
+            "memory_bytes": device.memory_bytes,
+            "plannable_bytes": plannable_bytes(plan),
+            "memory_bytes_per_s": device.bandwidth,
+            "link_bytes_per_s": device.link,
+            "network_bytes_per_s": device.network,
+            "flops": dict(device.flops),
+            "source": device.source,
+        },
         "traffic": plan.workload,
         "mesh": plan.mesh.shape,
         "given": plan.given,
@@ -51,80 +75,180 @@ def to_dict(plan: MeshPlan) -> dict[str, Any]:
     }
 
 
+def plannable_bytes(plan: MeshPlan) -> int:
+    """Memory of a device less what plans keep free."""
+    return int(plan.cluster.device.memory_bytes * (1 - RESERVE))
+
+
+def memory_parts(memory: Memory) -> dict[str, int]:
+    """The parts of a device's memory by name."""
+    return {
+        "weights": memory.weights,
+        "cache": memory.cache,
+        "activations": memory.activations,
+        "inputs": memory.inputs,
+    }
+
+
+def milliseconds(seconds: float) -> str:
+    """A time in the unit that reads best."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
 def _candidate(candidate: Candidate) -> dict[str, Any]:
-    memory, time = candidate.memory, candidate.time
     return {
         "mesh": candidate.mesh.shape,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "cache": memory.cache,
-            "activations": memory.activations,
-            "inputs": memory.inputs,
-            "total": memory.total,
-        },
-        "seconds": None
-        if time is None
-        else {"compute": time.compute, "memory": time.memory, "collectives": time.collectives, "total": time.total},
+        "layout": candidate.layout,
+        "memory_bytes": {**memory_parts(candidate.memory), "total": candidate.memory.total},
+        "seconds": None if candidate.time is None else _seconds(candidate.time),
+        "phases": [
+            {
+                "name": phase.name,
+                "layout": phase.layout,
+                "times": phase.times,
+                "seconds": _seconds(phase.time),
+                "collectives": phase.collectives,
+            }
+            for phase in candidate.phases
+        ],
+        "switch_seconds": candidate.switch,
+        "rows": candidate.rows,
+        "most_rows": candidate.most_rows,
         "collectives": candidate.collectives,
         "rejected": candidate.rejected or None,
     }
 
 
+def _seconds(time: StepTime) -> dict[str, float]:
+    return {"compute": time.compute, "memory": time.memory, "collectives": time.collectives, "total": time.total}
+
+
+def _phases(candidate: Candidate) -> Iterator[str]:
+    for phase in candidate.phases:
+        time = phase.time
+        times = f" x {phase.times}" if phase.times > 1 else ""
+        limits = f"max(compute {milliseconds(time.compute)}, memory {milliseconds(time.memory)})"
+        talk = f"collectives {milliseconds(time.collectives)} ({phase.collectives})"
+        yield f"{phase.name}{times}: {milliseconds(time.total)} a step = {limits} + {talk}"
+    if candidate.switch:
+        yield f"moving between layouts: {milliseconds(candidate.switch)}"
+
+
+def _memory(plan: MeshPlan) -> list[str]:
+    """A bar of one device's memory."""
+    memory, size = plan.chosen.memory, plan.cluster.device.memory_bytes
+    reserve = size - plannable_bytes(plan)
+    parts = memory_parts(memory) | {"free": max(0, size - reserve - memory.total), "reserve": reserve}
+    marks = {"weights": "#", "cache": "=", "activations": "+", "inputs": ":", "free": ".", "reserve": "r"}
+    bar, done = "", 0
+    for name, part in parts.items():
+        done += part
+        bar += marks[name] * (round(_BAR * done / max(size, done)) - len(bar))
+    said = ", ".join(f"{marks[name]} {name} {gigabytes(part)}" for name, part in parts.items() if part)
+    lines = [f"  memory of a device ({gigabytes(size)}): {said}", f"  |{bar}|"]
+    if plan.chosen.most_rows:
+        lines.append(f"  room for {plan.chosen.most_rows:,} rows at once")
+    return lines
+
+
 def _table(plan: MeshPlan) -> list[str]:
-    rows = [("mesh", "weights", "cache", "activations", "total/device", "step", "collectives a step", "")]
-    for candidate in plan.candidates:
+    names = [phase.name for phase in plan.chosen.phases]
+    phases = names if len(names) > 1 else []
+    rows = [("mesh", "layout", "weights", "cache", "activations", "total/device", *phases, "time", "")]
+    ordered = sorted(plan.candidates, key=too_large)
+    for candidate in ordered[:SHOWN_CANDIDATES]:
         memory, time = candidate.memory, candidate.time
+        by_name = {phase.name: milliseconds(phase.time.total) for phase in candidate.phases}
         rows.append(
             (
                 ("> " if candidate is plan.chosen else "  ") + str(candidate.mesh),
+                candidate.layout,
                 gigabytes(memory.weights),
                 gigabytes(memory.cache) if memory.cache else "-",
                 gigabytes(memory.activations) if time else "-",
                 gigabytes(memory.total),
-                f"{time.total * 1e3:.2f} ms" if time else "-",
-                candidate.collectives if time else "-",
+                *(by_name.get(name, "-") for name in phases),
+                milliseconds(time.total) if time else "-",
                 ("chosen" if not plan.given else "given") if candidate is plan.chosen else candidate.rejected,
             )
         )
+    lines = _columns(rows, left=(0, 1, len(rows[0]) - 1))
+    rest = ordered[SHOWN_CANDIDATES:]
+    if rest:
+        short = sum(map(too_large, rest))
+        lines.append(f"    and {len(rest)} more, of which {short} do not fit; --json and --html list them")
+    return lines
+
+
+def too_large(candidate: Candidate) -> bool:
+    """Whether it was rejected for want of memory."""
+    return candidate.rejected.startswith("does not fit")
+
+
+def _groups(groups: Sequence[WeightGroup]) -> list[str]:
+    rows = [("weights", "", "each, with the mesh axes that split it", "on a device")]
+    rows += [(g.pattern, f"x{g.count}", g.words(), gigabytes(g.device_bytes)) for g in groups[:SHOWN_GROUPS]]
+    rest = groups[SHOWN_GROUPS:]
+    if rest:
+        rows.append(
+            (
+                f"{len(rest)} smaller kinds",
+                f"x{sum(group.count for group in rest)}",
+                "",
+                gigabytes(sum(group.device_bytes for group in rest)),
+            )
+        )
+    return _columns(rows, left=(0, 2))
+
+
+def _columns(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
-    for number, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0] + 2 * (number == 0))[: widths[0]]]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:6], widths[1:6], strict=True)]
-        cells += [row[6].ljust(widths[6]), row[7]]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
 
 
-def _shown(plan: MeshPlan) -> WeightLayout | None:
+def _shown(groups: Sequence[WeightGroup], plan: MeshPlan) -> WeightGroup | None:
     """The weight to draw: the largest matrix that is split into most pieces."""
-    matrices = [layout for layout in plan.weights if len(layout.shape) == 2]
-    return max(matrices, key=lambda layout: (layout.parts, layout.nbytes), default=None)
+    matrices = [g for g in groups if len(g.shape) == 2 and max(pieces(g, plan.mesh)) <= _LARGEST_PICTURE]
+    return max(matrices, key=lambda group: (group.parts, group.nbytes), default=None)
 
 
-def _picture(plan: MeshPlan, weight: WeightLayout) -> list[str]:
+def _picture(plan: MeshPlan, weight: WeightGroup) -> list[str]:
     """How one matrix lies on the devices: its rows and columns cut into pieces, each naming who holds it."""
     mesh = plan.mesh
-    entries = [*weight.spec, *(None,) * (2 - len(weight.spec))]
-    down, across = (mesh.shape.get(entry, 1) if isinstance(entry, str) else 1 for entry in entries)
-    holders: dict[tuple[int, int], list[int]] = {}
-    for device in range(mesh.size):
-        place, rest = {}, device
-        for name, size in reversed(mesh.sizes):
-            rest, place[name] = divmod(rest, size)
-        key = tuple(place[entry] if isinstance(entry, str) and entry in place else 0 for entry in entries)
-        holders.setdefault((key[0], key[1]), []).append(device)
-    cells = [[_names(holders[row, column]) for column in range(across)] for row in range(down)]
+    down, across = pieces(weight, mesh)
+    held = holders(weight, mesh)
+    cells = [[device_names(held[row, column]) for column in range(across)] for row in range(down)]
     width = max(len(cell) for row in cells for cell in row) + 2
     rule = "+" + "+".join("-" * width for _ in range(across)) + "+"
     axes = weight.axes or ("rows", "columns")
     named = " x ".join(f"{size} {axis or ''}".strip() for size, axis in zip(weight.shape, axes, strict=True))
-    pieces = f"{weight.parts} pieces of {gigabytes(weight.device_bytes)}, each on {mesh.size // weight.parts} device(s)"
-    lines = [f"  {weight.path} ({named}): {pieces}", f"  {rule}"]
+    each = weight.nbytes // weight.count // weight.parts
+    said = f"{weight.parts} pieces of {gigabytes(each)}, each on {mesh.size // weight.parts} device(s)"
+    lines = [f"  {weight.pattern} ({named}): {said}", f"  {rule}"]
     for row in cells:
         lines += ["  |" + "|".join(cell.center(width) for cell in row) + "|", f"  {rule}"]
     return lines
 
 
-def _names(devices: list[int]) -> str:
-    return "device " + ",".join(map(str, devices)) if len(devices) == 1 else "devices " + ",".join(map(str, devices))
+def device_names(devices: Sequence[int]) -> str:
+    """``device 3``, ``devices 3,7`` or ``devices 0-7,16``."""
+    runs = []
+    for _, run in groupby(enumerate(devices), key=lambda pair: pair[1] - pair[0]):
+        numbers = [device for _, device in run]
+        runs += [f"{numbers[0]}-{numbers[-1]}"] if len(numbers) > 2 else [str(number) for number in numbers]
+    return f"device{'s' * (len(devices) > 1)} {','.join(runs)}"
+
+
+def mesh_words(shape: Mapping[str, int]) -> str:
+    """``data=2,model=4``."""
+    return ",".join(f"{axis}={size}" for axis, size in shape.items())

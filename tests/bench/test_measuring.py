@@ -30,10 +30,7 @@ def readings(links: Links, groups: tuple[int, ...] = (2, 4, 8), noise: float = 0
         for group in groups
         for size in (4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20)
     ]
-    return [
-        Reading(r.kind, r.group, r.size, links.seconds(r) * random.uniform(1 - noise, 1 + noise))
-        for r in blank
-    ]
+    return [Reading(r.kind, r.group, r.size, links.seconds(r) * random.uniform(1 - noise, 1 + noise)) for r in blank]
 
 
 @pytest.mark.parametrize(
