@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from spmd_infer.checkpoints import quantise
 from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
-from spmd_infer.checkpoints.derived import takes_whole
+from spmd_infer.checkpoints.derived import piecewise, takes_whole
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.errors import CheckpointError
@@ -166,7 +166,7 @@ def _bytes(info: TensorInfo) -> int:
 
 def _whole(reader: Reader, info: TensorInfo) -> Array:
     """A tensor in memory: in one read where that is what it takes, else piece by piece so that casts stay small."""
-    if takes_whole(reader, info.name) or _bytes(info) <= _BLOCK_BYTES:
+    if takes_whole(reader, info.name) or not piecewise(reader, info.name):
         return reader.read(info.name)
     out = aligned_empty(info.shape, info.dtype)
     for box in pieces(whole(info.shape), info.dtype.itemsize, _BLOCK_BYTES):

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices
+from spmd_infer.checkpoints.quantise import KINDS as QUANTISED
 from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo, bounds, find_tensor
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes, Source
@@ -33,11 +34,13 @@ class Derived:
         info: how it looks from outside.
         read: its values in a box.
         takes_whole: whether reading any part of it takes the whole of what it is made from.
+        piecewise: whether it is better read in pieces, because reading takes more memory than the result.
     """
 
     info: TensorInfo
     read: Callable[[Box], Array]
     takes_whole: bool = False
+    piecewise: bool = False
 
 
 class DerivedReader:
@@ -92,7 +95,8 @@ class DerivedReader:
 
 def same(base: Reader, name: str, info: TensorInfo | None = None) -> Derived:
     """A tensor as it is underneath, under a name and description that may differ."""
-    return Derived(info or base.tensors[name], lambda box: base.read(name, as_slices(box)), _takes_whole(base, name))
+    read: Callable[[Box], Array] = lambda box: base.read(name, as_slices(box))  # noqa: E731 - one expression
+    return Derived(info or base.tensors[name], read, takes_whole(base, name), piecewise(base, name))
 
 
 def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...]) -> Derived:
@@ -109,7 +113,12 @@ def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...])
     result = TensorInfo(path, shape, info.dtype, info.nbytes, info.file, info.stored_as)
     transform = source.transform
     if transform is None:
-        return Derived(result, lambda box: _turned(base, source.name, order, box))
+        return Derived(
+            result,
+            lambda box: _turned(base, source.name, order, box),
+            takes_whole(base, source.name),
+            piecewise(base, source.name),
+        )
 
     def read(box: Box) -> Array:
         tensor = base.read(source.name)
@@ -165,7 +174,9 @@ def by_stored_name(
         back = None if source.transpose is None else tuple(int(d) for d in np.argsort(source.transpose))
         shape = info.shape if back is None else tuple(info.shape[d] for d in back)
         result = TensorInfo(source.name, shape, info.dtype, info.nbytes, info.file, info.stored_as)
-        tensors[source.name] = Derived(result, partial(_turned, base, path, back), _takes_whole(base, path))
+        tensors[source.name] = Derived(
+            result, partial(_turned, base, path, back), takes_whole(base, path), piecewise(base, path)
+        )
     for name, info in base.tensors.items():
         if unused and name.startswith(UNUSED):
             back_name = name.removeprefix(UNUSED)
@@ -180,7 +191,7 @@ def with_dtype(base: Reader, dtype: np.dtype[Any], axes: Mapping[str, Axes] | No
     def changed(name: str, info: TensorInfo) -> Derived:
         reason = cast_problem(info, dtype, base.tensors)
         if info.dtype == dtype or not _is_float(info.dtype):
-            return Derived(info, lambda box: base.read(name, as_slices(box)), _takes_whole(base, name))
+            return same(base, name)
         if reason is not None:
             raise CheckpointError(f"{base.path}: {info}; {reason}")
         result = TensorInfo(name, info.shape, dtype, info.size * dtype.itemsize, info.file, info.stored_as)
@@ -191,20 +202,21 @@ def with_dtype(base: Reader, dtype: np.dtype[Any], axes: Mapping[str, Axes] | No
             cast(values, out, name)
             return out
 
-        return Derived(result, read, _takes_whole(base, name))
+        return Derived(result, read, takes_whole(base, name), piecewise=True)
 
     return DerivedReader(base, {name: changed(name, info) for name, info in base.tensors.items()})
 
 
 def takes_whole(reader: Reader, name: str) -> bool:
     """Whether a slice of a tensor should be read by reading all of it."""
-    return _takes_whole(reader, name)
+    return isinstance(reader, DerivedReader) and reader.derived[name].takes_whole
 
 
-def _takes_whole(reader: Reader, name: str) -> bool:
-    if not isinstance(reader, DerivedReader):
-        return False
-    return reader.derived[name].takes_whole
+def piecewise(reader: Reader, name: str) -> bool:
+    """Whether a whole tensor should be read piece by piece, because reading it takes memory beside the result."""
+    if isinstance(reader, DerivedReader):
+        return reader.derived[name].piecewise
+    return reader.tensors[name].stored_as in QUANTISED
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spmd_infer.checkpoints.boxes import box_shape, elements
-from spmd_infer.checkpoints.mesh_boxes import MeshLayout
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.tensors import Axes
+
+if TYPE_CHECKING:
+    from spmd_infer.checkpoints.mesh_boxes import MeshLayout  # imports JAX
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,429 @@
+"""Checkpoints under faults: flipped bits, lost files, kills, full disks, missing rights. Rows 10 to 13, 21 and 22."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from spmd_infer import Engine
+from spmd_infer.checkpoints import load_onto, open_checkpoint, save, verify
+from spmd_infer.checkpoints.copying import SLACK_BYTES
+from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME
+from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.native_store import store
+from spmd_infer.conversion import prepare
+from spmd_infer.errors import CheckpointError
+from spmd_infer.mesh import MeshSpec
+from spmd_infer.tensors import Source
+
+FLIPS = 100
+KILLS = 20
+
+
+def made(path: Path, *, tensors: int = 6, rows: int = 256, seed: int = 1) -> Path:
+    """A checkpoint of no family, as one safetensors file."""
+    rng = np.random.default_rng(seed)
+    save_file({f"t{i}.weight": rng.normal(size=(rows, 512)).astype(np.float32) for i in range(tensors)}, path)
+    return path
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    source = made(tmp_path / "source.safetensors")
+    prepare(open_checkpoint(source), mesh=MeshSpec.parse("data=2,model=4"), hosts=2).run(tmp_path / "native", "reshard")
+    return tmp_path / "native"
+
+
+def read_all(path: Path) -> dict[str, bytes]:
+    reader = open_checkpoint(path)
+    return {name: reader.read(name).tobytes() for name in reader.tensors}
+
+
+# Row 10: a flipped bit.
+
+
+def test_every_one_of_100_flipped_bits_is_refused_and_named(native: Path) -> None:
+    wanted = read_all(native)
+    files = [path for path in sorted(native.rglob("*")) if path.is_file()]
+    sizes = [path.stat().st_size for path in files]
+    chance = random.Random(5)
+    named_tensors = 0
+    for trial in range(FLIPS):
+        # Every file has its turn, large and small ones.
+        place = files[trial % len(files)] if trial % 2 else chance.choices(files, sizes)[0]
+        offset, bit = chance.randrange(place.stat().st_size), chance.randrange(8)
+        _flip(place, offset, bit)
+        try:
+            with pytest.raises(CheckpointError) as refused:
+                read_all(native)
+            message = str(refused.value)
+            assert place.name in message, (trial, place, message)
+            if place.parent.name == "data":
+                reader = open_checkpoint(native)
+                assert isinstance(reader, NativeReader)
+                name, chunk = _hit(reader, place, offset)
+                assert f"tensor {name!r} is damaged: bytes {chunk[0]} to {chunk[1]}" in message
+                (problem,) = verify(reader)
+                assert (problem.tensor, problem.offset) == (name, chunk[0])
+                assert problem.file == place
+                named_tensors += 1
+        finally:
+            _flip(place, offset, bit)
+    assert named_tensors >= FLIPS // 2
+    assert read_all(native) == wanted
+
+
+def test_a_flipped_bit_is_refused_before_the_engine_uses_it(minilm: Path, tmp_path: Path) -> None:
+    prepare(open_checkpoint(minilm)).run(tmp_path / "native", "convert")
+    data = next((tmp_path / "native" / "data").iterdir())
+    for offset in (1, data.stat().st_size // 2):
+        _flip(data, offset, 3)
+        with pytest.raises(CheckpointError, match=r"host-0000-0000\.bin: tensor '.*' is damaged"):
+            Engine.load(tmp_path / "native", mesh="data=1,model=2")
+        _flip(data, offset, 3)
+
+
+def _flip(path: Path, offset: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def _hit(reader: NativeReader, place: Path, offset: int) -> tuple[str, tuple[int, int]]:
+    for name, entry in reader.manifest.arrays.items():
+        for chunk in entry.chunks:
+            if reader.file_of(chunk) == place and chunk.offset <= offset < chunk.offset + chunk.nbytes:
+                return name, (chunk.offset, chunk.offset + chunk.nbytes)
+    raise AssertionError(f"byte {offset} of {place} belongs to no tensor")
+
+
+# Row 11: truncated or missing files, refused before anything is put on a device.
+
+
+@pytest.mark.parametrize("name", ["data/host-0000-0000.bin", MANIFEST_NAME, DIGEST_NAME])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "grown"])
+def test_files_that_are_not_whole(name: str, damage: str, native: Path) -> None:
+    path = native / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size + (-1 if damage == "truncated" else 1))
+    before = len(jax.live_arrays())
+    begin = time.perf_counter()
+    with pytest.raises(CheckpointError, match=path.name.split(".")[0]):
+        open_checkpoint(native)
+    assert time.perf_counter() - begin < 10
+    assert len(jax.live_arrays()) == before
+
+
+# Row 12: kill -9 at random moments.
+
+SAVE = """
+import sys, jax, numpy as np
+from spmd_infer.checkpoints import save
+def made(seed):
+    return jax.numpy.asarray(np.random.default_rng(seed).normal(size=(512, 1024)).astype(np.float32))
+params = {f"t{i}": made(i) for i in range(24)}
+print("ready", flush=True)
+sys.stdin.readline()
+save(params, sys.argv[1])
+"""
+COPY = """
+import sys
+from pathlib import Path
+from spmd_infer.checkpoints import open_checkpoint
+from spmd_infer.conversion import prepare
+from spmd_infer.mesh import MeshSpec
+mesh = MeshSpec.parse("data=2,model=4") if sys.argv[3] == "reshard" else None
+to = "huggingface" if sys.argv[3] == "huggingface" else "native"
+made = prepare(open_checkpoint(sys.argv[1]), mesh=mesh, to=to)
+print("ready", flush=True)
+sys.stdin.readline()
+made.run(Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def started(*command: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def seconds_of(*command: str) -> float:
+    with started(*command) as process:
+        begin = time.perf_counter()
+        go(process)
+        assert process.wait(120) == 0
+        return time.perf_counter() - begin
+
+
+def killed(moment: float, *command: str) -> bool:
+    """Run a command and kill it that many seconds after it began its work; whether it was still at it."""
+    with started(*command) as process:
+        go(process)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        return process.wait(120) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["save", "reshard", "huggingface"])
+def test_a_kill_at_any_moment_leaves_no_half_written_target(what: str, tmp_path: Path, minilm: Path) -> None:
+    target = tmp_path / "target"
+    command = (SAVE, str(target)) if what == "save" else (COPY, str(minilm), str(target), what)
+    usual = seconds_of(*command)
+    wanted = read_all(target)
+    shutil.rmtree(target)
+    chance, hits, continued = random.Random(what), 0, 0
+    for _ in range(KILLS // 3 + 1):
+        if killed(chance.uniform(0.02, usual), *command):
+            hits += 1
+        if target.exists():  # whole, or it would not be there
+            assert read_all(target) == wanted
+            shutil.rmtree(target)
+            continue
+        journal = tmp_path / ".target.partial" / "journal.jsonl"
+        continued += journal.exists() and len(journal.read_bytes().splitlines()) > 1
+        assert subprocess.run([sys.executable, "-c", *command], input="\n", text=True, timeout=120).returncode == 0
+        assert read_all(target) == wanted
+        assert [path.name for path in tmp_path.iterdir()] == ["target"]
+        shutil.rmtree(target)
+    assert hits >= 3
+    print(f"{what}: {hits} kills while it worked, {continued} taken up from a journal")
+
+
+def test_what_was_done_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
+    source, target = open_checkpoint(made(tmp_path / "source.safetensors")), tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source).run(target, "convert", advance=_interrupt_after(3))
+    assert not target.exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".target.partial" / "data").iterdir()}
+    assert len(before) == 1
+    reads: list[str] = []
+    watched = prepare(source)
+    original = source.read
+    source.read = lambda name, index=None: (reads.append(name), original(name, index))[1]  # type: ignore[method-assign,func-returns-value,assignment]
+    watched.run(target, "convert")
+    assert set(reads) == {"t3.weight", "t4.weight", "t5.weight"}
+    assert read_all(target) == read_all(tmp_path / "source.safetensors")
+
+
+def test_other_work_does_not_go_on_from_a_journal(tmp_path: Path) -> None:
+    first, second = made(tmp_path / "a.safetensors"), made(tmp_path / "b.safetensors", seed=2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(open_checkpoint(first)).run(tmp_path / "target", "convert", advance=_interrupt_after(3))
+    prepare(open_checkpoint(second)).run(tmp_path / "target", "convert")
+    assert read_all(tmp_path / "target") == read_all(second)
+
+
+def test_a_journal_that_was_cut_off_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    source = made(tmp_path / "source.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(open_checkpoint(source)).run(tmp_path / "target", "convert", advance=_interrupt_after(3))
+    journal = tmp_path / ".target.partial" / "journal.jsonl"
+    with journal.open("r+b") as file:
+        file.truncate(journal.stat().st_size - 40)
+    prepare(open_checkpoint(source)).run(tmp_path / "target", "convert")
+    assert read_all(tmp_path / "target") == read_all(source)
+
+
+def _interrupt_after(count: int):  # type: ignore[no-untyped-def]  # a small closure
+    left = [count]
+
+    def advance(nbytes: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    return advance
+
+
+# Row 13: disk full, no permission.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]  # a generator fixture
+    """A file system of 3 MiB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"cannot mount a small file system: {mount.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(small_disk: Path, tmp_path: Path) -> None:
+    target = small_disk / "saved"
+    old = {"w": jax.numpy.arange(1024, dtype=np.float32)}
+    save(old, target)
+    large = {f"t{i}": jax.numpy.ones((512, 512), np.float32) * i for i in range(4)}
+    with pytest.raises(CheckpointError, match="needs 4194304 bytes, but only"):
+        save(large, target, overwrite=True)
+    source = made(tmp_path / "source.safetensors", tensors=8)
+    with pytest.raises(CheckpointError, match="needs 4194304 bytes, but only"):
+        prepare(open_checkpoint(source)).run(target, "convert", overwrite=True)
+    assert read_all(target) == {"w": np.asarray(old["w"]).tobytes()}
+
+
+def test_a_disk_that_fills_up_while_writing(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = small_disk / "saved"
+    save({"w": jax.numpy.arange(1024, dtype=np.float32)}, target)
+    wanted = read_all(target)
+    for module in ("native_store", "saving", "safetensors_writer"):
+        monkeypatch.setattr(f"spmd_infer.checkpoints.{module}.check_space", lambda target, needed: None)
+    large = {f"t{i}": jax.numpy.ones((512, 512), np.float32) * i for i in range(4)}
+    with pytest.raises(CheckpointError, match=r"save failed: .*No space left on device"):
+        save(large, target, overwrite=True)
+    assert [path.name for path in small_disk.iterdir()] == ["saved"]  # nothing of it takes room any more
+    source = made(tmp_path / "source.safetensors", tensors=8)
+    with pytest.raises(CheckpointError, match=r"convert failed: .*No space left on device"):
+        prepare(open_checkpoint(source)).run(target, "convert", overwrite=True)
+    assert read_all(target) == wanted
+    # Room is made: the same command goes on from where it stopped.
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    prepare(open_checkpoint(source)).run(target, "convert", overwrite=True)
+    assert read_all(target) == read_all(source)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    save({"w": jax.numpy.ones(8)}, folder / "saved")
+    program = (
+        "import sys, jax\n"
+        "from spmd_infer.checkpoints import save\n"
+        "from spmd_infer.errors import CheckpointError\n"
+        "try: save({'w': jax.numpy.zeros(8)}, sys.argv[1], overwrite=True)\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(folder / "saved")]
+    if os.geteuid() == 0:  # root may write anywhere, unless it gives that up
+        if shutil.which("setpriv") is None:
+            pytest.skip("runs as root, and there is no setpriv to give up its rights")
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    folder.chmod(0o555)
+    answer = subprocess.run(command, capture_output=True, text=True)
+    folder.chmod(0o755)
+    assert "Permission denied" in answer.stdout, answer.stderr
+    assert read_all(folder / "saved") == {"w": np.ones(8, np.float32).tobytes()}
+
+
+# Row 21: restoring on fewer devices; memory stays near the arrays.
+
+RESTORE = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from spmd_infer.checkpoints import load_onto, open_checkpoint
+from spmd_infer.mesh import MeshSpec
+from spmd_infer.tensors import Source
+
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+
+reader = open_checkpoint(sys.argv[1])
+mesh = MeshSpec.parse(sys.argv[2]).build()
+jax.device_put(np.ones(8)).block_until_ready()
+sharding = NamedSharding(mesh, PartitionSpec("model"))
+abstract = {n: jax.ShapeDtypeStruct(i.shape, i.dtype, sharding=sharding) for n, i in reader.tensors.items()}
+before = status("VmRSS")
+loaded = load_onto(reader, {n: Source(n) for n in abstract}, abstract)
+jax.block_until_ready(loaded)
+print(status("VmHWM") - before - sum(a.nbytes for a in loaded.values()))
+"""
+
+
+def test_restoring_on_fewer_devices_takes_little_more_than_the_arrays(tmp_path: Path) -> None:
+    made(tmp_path / "source.safetensors", tensors=8, rows=1 << 15)  # eight of 64 MiB
+    source = open_checkpoint(tmp_path / "source.safetensors")
+    prepare(source, mesh=MeshSpec.parse("data=1,model=8"), hosts=2).run(tmp_path / "native", "reshard")
+    for mesh in ("data=1,model=2", "data=1,model=4", "data=1,model=1"):
+        answer = subprocess.run(
+            [sys.executable, "-c", RESTORE, str(tmp_path / "native"), mesh], capture_output=True, text=True, check=True
+        )
+        # The loader's budget of slices under way, and a chunk for each of its threads.
+        assert int(answer.stdout) < SLACK_BYTES + (64 << 20), mesh
+
+
+# Row 22: a dtype that was not asked for is not given.
+
+
+def test_a_stored_dtype_is_not_changed_unless_asked(tmp_path: Path) -> None:
+    save({"w": jax.numpy.arange(8, dtype=np.int32), "f": jax.numpy.ones(8, np.float32)}, tmp_path / "saved")
+    reader = open_checkpoint(tmp_path / "saved")
+    sharding = NamedSharding(MeshSpec.parse("data=1,model=1").build(), PartitionSpec())
+    wrong = {"w": jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)}
+    with pytest.raises(CheckpointError, match="int32 is not cast to float32"):
+        load_onto(reader, {"w": Source("w")}, wrong)
+    (problem,) = verify(reader, dtype="bfloat16")
+    assert (problem.tensor, problem.kind) == ("f", "dtype")
+    assert "expected bfloat16" in str(problem)
+
+
+def test_an_engine_keeps_the_stored_dtype(minilm: Path, tmp_path: Path) -> None:
+    from spmd_infer.conversion import Changes
+
+    prepare(open_checkpoint(minilm), Changes(dtype="bfloat16")).run(tmp_path / "half", "convert")
+    assert Engine.load(tmp_path / "half", mesh="data=1,model=1").dtype == jax.numpy.bfloat16
+    assert Engine.load(tmp_path / "half", mesh="data=1,model=1", dtype="float32").dtype == np.float32
+
+
+def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    values = np.ones((64, 64), np.float32)
+    values[5, 7] = np.nan
+    values[9, 1] = np.inf
+    save({"w": jax.numpy.asarray(values)}, tmp_path / "saved")
+    (problem,) = verify(open_checkpoint(tmp_path / "saved"))
+    assert problem.kind == "values"
+    assert "2 of 4096 values are not finite, the first at [5, 7]" in str(problem)
+
+
+def test_damage_while_storing_is_found_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not keep what it was given."""
+    from spmd_infer.checkpoints import native_store
+
+    written = native_store.write_manifest
+
+    def and_flip(manifest, folder):  # type: ignore[no-untyped-def]
+        written(manifest, folder)
+        _flip(folder / manifest.data[0].name, 4321, 2)
+
+    monkeypatch.setattr(native_store, "write_manifest", and_flip)
+    source = open_checkpoint(made(tmp_path / "source.safetensors"))
+    made_of = prepare(source)
+    with pytest.raises(CheckpointError, match="differs from what should have been"):
+        store(source, tmp_path / "target", model=made_of.model)
+    assert not (tmp_path / "target").exists()
+
+
+def test_manifest_is_json_that_others_can_read(native: Path) -> None:
+    document = json.loads((native / MANIFEST_NAME).read_text())
+    assert document["format"] == "spmd-infer checkpoint"
+    assert all(len(entry["sha256"]) == 64 for entry in document["data"])
