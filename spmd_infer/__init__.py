@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spmd_infer.errors import SpmdInferError
     from spmd_infer.generation.sampling import SamplingParams
     from spmd_infer.mesh import MeshSpec
+    from spmd_infer.planning.layouts import find_layout
     from spmd_infer.planning.mesh_plan import MeshPlan
     from spmd_infer.planning.workload import Workload
     from spmd_infer.plans import plan
@@ -42,6 +43,7 @@ _HOME = {
     "Workload": "planning.workload",
     "axis_scope": "axes",
     "constrain": "axes",
+    "find_layout": "planning.layouts",
     "plan": "plans",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "axis_scope",
     "constrain",
+    "find_layout",
     "plan",
 ]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from spmd_infer.aggregate import Aggregate
 from spmd_infer.axes import AxisRules
@@ -22,9 +22,10 @@ from spmd_infer.ensemble import ensemble
 from spmd_infer.errors import TaskError
 from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
-from spmd_infer.model_program import model_program
+from spmd_infer.model_program import model_program, placed_by
 from spmd_infer.opening import OpenedModel, open_model
-from spmd_infer.pipeline import base_axes, own_layouts, resolve_stages, stacked, unstacked
+from spmd_infer.pipeline import base_axes, base_function, own_layouts, resolve_stages, stacked, unstacked
+from spmd_infer.placement import Placement, placed
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.resolve import MeshLike, platform_of
 from spmd_infer.planning.workload import Workload
@@ -77,33 +78,29 @@ class Engine:
         if example is not None and signature is None:
             signature = Signature.from_example(example)
         values = function.params
-        function, plan, built = resolve_stages(mesh, function, signature.inputs if signature else None, workload, rules)
-        placed = own_layouts(function, plan.weights, built)
-        weights = stacked(
-            function, plan.weights, built, {p: jax.device_put(values[p], to.sharding) for p, to in placed.items()}
-        )
-        self._set_up(function, weights, plan, built, signature, buckets)
+        inputs = signature.inputs if signature is not None else None
+        function, plan, built = resolve_stages(mesh, function, inputs, workload, rules)
+        self._set_up(placed(function, plan, built, values), signature, buckets, rules, workload)
 
     def _set_up(
         self,
-        function: ModelFunction,
-        weights: Params,
-        plan: MeshPlan,
-        mesh: Mesh,
+        placement: Placement,
         signature: Signature | None,
         buckets: Sequence[int] | None,
+        rules: AxisRules | None,
+        workload: Workload | None,
         opened: OpenedModel | None = None,
     ) -> None:
-        self.plan, self.mesh, self.rules, self.params = plan, mesh, plan.rules, weights
-        self.data_parts = plan.rules.row_parts(dict(mesh.shape))
-        self.buckets = Buckets.of(buckets, self.data_parts) if buckets else Buckets.default(self.data_parts)
-        self.family: Family | None = opened.family if opened else None
-        self.config: ModelConfig | None = opened.config if opened else None
-        self.reader: Reader | None = opened.reader if opened else None
-        self._model = function
-        self._programs = Programs(mesh, plan.rules)
-        self._runner = BatchRunner(self._programs, function, weights, signature, self.buckets)
+        self._placement, self._opened = placement, opened
+        self._asked_rules, self._workload = rules, workload
+        self._programs = Programs(placement)
+        self._asked_buckets = buckets
+        self._runner = BatchRunner(self._programs, signature, self._make_buckets())
         self._tasks: dict[str, Any] = {}
+
+    def _make_buckets(self) -> Buckets:
+        asked, parts = self._asked_buckets, self.data_parts
+        return Buckets.of(asked, parts) if asked else Buckets.default(parts)
 
     @classmethod
     def load(
@@ -120,8 +117,8 @@ class Engine:
         """Read a checkpoint of a zoo model straight onto a mesh.
 
         Args:
-            path: a Hugging Face or native folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a packaged demo
-                such as ``demo:smollm2``.
+            path: a Hugging Face or native folder, a ``.safetensors``, ``.gguf`` or ``.pth`` file, or the name of a
+                packaged demo such as ``demo:smollm2``.
             mesh: as for ``Engine``.
             dtype: load floating-point weights in this dtype; default as stored, quantised ones in float32 on CPU and
                 bfloat16 elsewhere.
@@ -139,15 +136,42 @@ class Engine:
         from spmd_infer.checkpoints import load_onto
 
         opened = open_model(path, dtype, platform=platform_of(mesh), verify=verify)
-        units = (rules or AxisRules()).with_units(opened.config.axis_units())
-        traffic = opened.workload(workload or Workload())
-        function, plan, built = resolve_stages(mesh, opened.model, opened.inputs, traffic, units)
+        function, plan, built = _resolve(mesh, opened.model, opened.inputs, workload, rules, opened)
         abstract = own_layouts(function, plan.weights, built)
         loaded = load_onto(opened.reader, {path: opened.table[path] for path in abstract}, abstract)
-        weights = stacked(function, plan.weights, built, loaded)
         engine = cls.__new__(cls)
-        engine._set_up(function, weights, plan, built, Signature(opened.inputs), buckets, opened)
+        placement = Placement(function, plan, built, dict(stacked(function, plan.weights, built, loaded)))
+        engine._set_up(placement, Signature(opened.inputs), buckets, rules, workload, opened)
         return engine
+
+    def reshard(self, mesh: MeshLike) -> MeshPlan:
+        """Move the live weights to another mesh or plan, device to device, without reading the checkpoint again.
+
+        Weights move one after the other, so devices hold only few of them twice. Programs compiled before are kept:
+        back on an earlier mesh nothing is compiled again. Must not run while another thread uses the engine.
+
+        Args:
+            mesh: as for ``Engine``.
+
+        Returns:
+            The new plan.
+
+        Raises:
+            MeshError: the mesh cannot be built.
+            PlanError: the model does not fit there. In both cases nothing has moved.
+        """
+        signature = self._runner.signature
+        function, plan, built = _resolve(
+            mesh,
+            base_function(self._placement.model),
+            signature.inputs if signature is not None else None,
+            self._workload,
+            self._asked_rules,
+            self._opened,
+        )
+        self._placement.move(function, plan, built)
+        self._runner.buckets = self._make_buckets()
+        return plan
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the weights as a native checkpoint, which ``Engine.load`` reads onto any mesh.
@@ -162,8 +186,8 @@ class Engine:
         from spmd_infer.conversion import entry_of
 
         model = entry_of(self.family, self.config, self.reader) if self.family and self.config else None
-        own = unstacked(self._model, self.params)
-        save(own, path, axes=base_axes(self._model), model=model, source=self.reader, overwrite=overwrite)
+        own = unstacked(self._placement.model, self.params)
+        save(own, path, axes=base_axes(self._placement.model), model=model, source=self.reader, overwrite=overwrite)
 
     @classmethod
     def ensemble(
@@ -239,7 +263,13 @@ class Engine:
         return self._runner.warmup(sizes or {}, quiet=quiet)
 
     def jit(
-        self, name: str, fn: Callable[..., Any], *, donate: tuple[int, ...] = (), out_axes: Any = None
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        *,
+        donate: tuple[int, ...] = (),
+        out_axes: Any = None,
+        phase: str | None = None,
     ) -> Callable[..., Any]:
         """A function of the model, compiled for the mesh: what tasks are built from.
 
@@ -248,22 +278,79 @@ class Engine:
             fn: ``fn(model, *args)``, traced with the rebuilt model.
             donate: positions in ``args`` whose memory may be reused.
             out_axes: logical axes of the results, a pytree prefix with tuples for leaves; None lets XLA choose.
+            phase: ``prefill`` or ``decode``, for plans that lay these out differently.
 
         Returns:
             ``g(*args)``: dispatches at once. Compiled once for each combination of shapes and dtypes, and counted.
             Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
         """
-        return model_program(self._programs, self._model, self.params, name, fn, donate, out_axes)
+        return model_program(self._programs, name, fn, donate, out_axes, phase)
 
-    def place(self, array: Any, axes: Axes) -> jax.Array:
+    def place(self, array: Any, axes: Axes, *, phase: str | None = None) -> jax.Array:
         """Put an array on the mesh by its logical axes; a ``jax.ShapeDtypeStruct`` is made of zeros on the devices."""
-        sharding = NamedSharding(
-            self.mesh, self.rules.of_activations.resolve(axes, array.shape, dict(self.mesh.shape)).spec
-        )
+        sharding = self._placement.sharding(axes, array.shape, phase)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jnp.zeros(array.shape, array.dtype, device=sharding)
         placed: jax.Array = jax.device_put(array, sharding)
         return placed
+
+    def hand_over(self, tree: Any, axes: Any, *, before: str, after: str) -> Any:
+        """Move arrays from one phase's layout to another's; nothing happens where the plan has one layout for both.
+
+        Args:
+            tree: arrays on the devices.
+            axes: their logical axes, a pytree prefix with tuples for leaves.
+            before: the phase that they come from.
+            after: the phase that wants them.
+        """
+        if self._placement.key(before) == self._placement.key(after):
+            return tree
+        return placed_by(self._placement, tree, axes, after)
+
+    @property
+    def plan(self) -> MeshPlan:
+        """How the model lies on the mesh, and why."""
+        return self._placement.plan
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh."""
+        return self._placement.mesh
+
+    @property
+    def rules(self) -> AxisRules:
+        """Where logical axes go."""
+        return self._placement.rules()
+
+    @property
+    def params(self) -> Params:
+        """The weights on the mesh, by path."""
+        return self._placement.params
+
+    @property
+    def data_parts(self) -> int:
+        """Into how many parts the rows of a batch are split; batch sizes are multiples of it."""
+        return self._placement.row_parts
+
+    @property
+    def buckets(self) -> Buckets:
+        """The batch sizes that programs are compiled for."""
+        return self._runner.buckets
+
+    @property
+    def family(self) -> Family | None:
+        """The family of a zoo model; None for a model of the caller's own."""
+        return self._opened.family if self._opened else None
+
+    @property
+    def config(self) -> ModelConfig | None:
+        """The sizes of a zoo model; None for a model of the caller's own."""
+        return self._opened.config if self._opened else None
+
+    @property
+    def reader(self) -> Reader | None:
+        """The checkpoint of a zoo model; None for a model of the caller's own."""
+        return self._opened.reader if self._opened else None
 
     @property
     def programs(self) -> list[Program]:
@@ -321,3 +408,19 @@ class Engine:
     def generate(self, prompts: Any, params: Any = None, **options: Any) -> Any:
         """Continue prompts; see ``spmd_infer.tasks.generate.Generate``."""
         return self.task("generate")(prompts, params, **options)
+
+
+def _resolve(
+    mesh: MeshLike,
+    model: ModelFunction,
+    inputs: Any,
+    workload: Workload | None,
+    rules: AxisRules | None,
+    opened: OpenedModel | None,
+) -> tuple[ModelFunction, MeshPlan, Mesh]:
+    """The plan and mesh for a model, with the phases and units that a checkpoint's family knows."""
+    if opened is None:
+        return resolve_stages(mesh, model, inputs, workload, rules)
+    traffic = opened.workload(workload or Workload())
+    phases, units = opened.phases(traffic), opened.config.axis_units()
+    return resolve_stages(mesh, model, inputs, traffic, rules, phases=phases, units=units)

@@ -56,8 +56,6 @@ def bucket_shape(leaf: Any, spec: InputSpec, bucket: int) -> tuple[int, ...]:
 
 def infer_program(
     programs: Programs,
-    model: ModelFunction,
-    params: Any,
     batch: CheckedBatch,
     bucket: int,
     aggregate: Aggregate | None,
@@ -66,9 +64,7 @@ def infer_program(
     """Compile (or find) the program for one bucket.
 
     Args:
-        programs: where programs are kept.
-        model: the model.
-        params: its parameters on the mesh.
+        programs: the model, where it is, and its programs.
         batch: a checked batch; only shapes, dtypes and structure count.
         bucket: rows that the program takes.
         aggregate: the reduction over rows; None keeps them.
@@ -77,16 +73,14 @@ def infer_program(
     Raises:
         BatchError: the model fails on such a batch, or returns something without a batch dimension.
     """
-    mesh, rules = programs.mesh, programs.rules.of_activations
+    placement = programs.placement
+    model, params, mesh = placement.model, placement.params, placement.mesh
     avals = tuple(
         jax.ShapeDtypeStruct(bucket_shape(leaf, spec, bucket), spec.dtype)
         for leaf, spec in zip(batch.leaves, batch.specs, strict=True)
     )
-    shardings = tuple(
-        NamedSharding(mesh, rules.resolve(spec.axes, aval.shape, dict(mesh.shape)).spec)
-        for spec, aval in zip(batch.specs, avals, strict=True)
-    )
-    rows = NamedSharding(mesh, rules.resolve((BATCH,), (bucket,), dict(mesh.shape)).spec)
+    shardings = tuple(placement.sharding(spec.axes, aval.shape) for spec, aval in zip(batch.specs, avals, strict=True))
+    rows = placement.sharding((BATCH,), (bucket,))
     outputs = batched_outputs(model, params, batch, avals, bucket)
     reuse = _reusable(avals, outputs) if donate and aggregate is None else ()
 

@@ -21,6 +21,7 @@ from spmd_infer.axes import BATCH, LAYERS, AxisRules
 from spmd_infer.errors import ModelError
 from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.mesh import MeshSpec, spec_of
+from spmd_infer.models.phases import Phase
 from spmd_infer.models.pipeline import Stages, bubble_share, microbatch_count
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.mesh_plan import MeshPlan
@@ -148,21 +149,30 @@ def pipeline_notes(model: ModelFunction, rules: AxisRules, mesh_shape: Mapping[s
 
 
 def resolve_stages(
-    mesh: MeshLike, model: ModelFunction, inputs: Any, workload: Workload | None, rules: AxisRules | None
+    mesh: MeshLike,
+    model: ModelFunction,
+    inputs: Any,
+    workload: Workload | None,
+    rules: AxisRules | None,
+    *,
+    phases: Sequence[Phase] = (),
+    units: Mapping[str, int] | None = None,
 ) -> tuple[ModelFunction, MeshPlan, Mesh]:
     """``resolve_mesh``, with the model's layers stacked where the caller's mesh has stages.
+
+    A pipeline is planned for whole forward passes: its steps of generation are not.
 
     Raises:
         ModelError: the mesh has stages and the model cannot be spread over them.
     """
     shape = _shape(mesh)
     given = rules or (mesh.rules if isinstance(mesh, MeshPlan) else None)
-    model, staged = for_stages(model, given or AxisRules(), shape)
+    model, staged = for_stages(model, (given or AxisRules()).with_units(units or {}), shape)
     if isinstance(model, PipelinedFunction):
         plan, built = resolve_mesh(mesh, model, inputs, workload, staged)
         notes = pipeline_notes(model, staged, shape, (workload or Workload()).rows)
         return model, replace(plan, notes=(*plan.notes, *notes)), built
-    return model, *resolve_mesh(mesh, model, inputs, workload, rules)
+    return model, *resolve_mesh(mesh, model, inputs, workload, rules, phases=phases, units=units)
 
 
 def own_layouts(model: ModelFunction, weights: Sequence[WeightLayout], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -235,6 +245,11 @@ def unstacked(model: ModelFunction, params: Params) -> Params:
     return own
 
 
+def base_function(model: ModelFunction) -> ModelFunction:
+    """The model whose layers a pipeline stacks; other models are their own."""
+    return model.base if isinstance(model, PipelinedFunction) else model
+
+
 def base_axes(model: ModelFunction) -> Mapping[str, Axes]:
     """Logical axes by path in the checkpoint."""
     return model.base.axes if isinstance(model, PipelinedFunction) else model.axes
@@ -251,17 +266,13 @@ def _shape(mesh: MeshLike) -> Mapping[str, int]:
 
 def _sources(model: ModelFunction, name: str, count: int, depth: int) -> dict[str, tuple[str, ...]]:
     """For each stacked path, the layers' paths by stage."""
-    parts = [
-        {
-            path.removeprefix(f"{name}.{layer}."): p
-            for path, p in model.params.items()
-            if path.startswith(f"{name}.{layer}.")
-        }
-        for layer in range(count)
-    ]
-    for layer, part in enumerate(parts):
-        ours = {path: (tuple(p.shape), np.dtype(p.dtype).name) for path, p in part.items()}
-        firsts = {path: (tuple(p.shape), np.dtype(p.dtype).name) for path, p in parts[layer % depth].items()}
+    parts: list[dict[str, str]] = [{} for _ in range(count)]
+    for path, value in model.params.items():
+        number, dot, rest = path.removeprefix(f"{name}.").partition(".")
+        if path.startswith(f"{name}.") and dot and number.isdecimal():
+            parts[int(number)][rest] = f"{np.dtype(value.dtype).name}{list(value.shape)}"
+    for layer, ours in enumerate(parts):
+        firsts = parts[layer % depth]
         if ours != firsts:
             different = sorted(path for path in ours.keys() | firsts.keys() if ours.get(path) != firsts.get(path))
             raise ModelError(

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from spmd_infer.axes import AxisRules, axis_scope
+from spmd_infer.axes import axis_scope
+from spmd_infer.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ class Programs:
     """The programs of one engine. Safe to use from several threads: each program is compiled by one of them.
 
     Attributes:
-        mesh: the devices that programs run on.
-        rules: how logical axes lie on it while programs are traced.
+        placement: the model that they run, and where it is. Programs compiled for an earlier placement are kept, and
+            found again when the model is back there.
     """
 
-    mesh: Mesh
-    rules: AxisRules
+    placement: Placement
     _programs: dict[Hashable, Future[Program]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,9 +63,9 @@ class Programs:
         """The programs compiled so far."""
         return [f.result() for f in list(self._programs.values()) if f.done() and not f.exception()]
 
-    def find(self, key: Hashable) -> Program | None:
-        """The program for ``key`` if it has been compiled."""
-        future = self._programs.get(key)
+    def find(self, key: Hashable, phase: str | None = None) -> Program | None:
+        """The program for ``key`` at the present placement, if it has been compiled."""
+        future = self._programs.get((self.placement.key(phase), key))
         return future.result() if future is not None else None
 
     def get(
@@ -77,10 +76,10 @@ class Programs:
         *,
         name: str,
         in_shardings: Any = None,
-        out_shardings: Any = None,
         donate: tuple[int, ...] = (),
+        phase: str | None = None,
     ) -> Program:
-        """The program for ``key``, compiled now if it is new.
+        """The program for ``key`` at the present placement, compiled now if it is new.
 
         Args:
             key: names function, shapes, dtypes and shardings.
@@ -88,9 +87,10 @@ class Programs:
             args: what to lower for: arrays or ``jax.ShapeDtypeStruct``.
             name: for messages.
             in_shardings: a pytree prefix of shardings for ``args``; None takes them from the arrays.
-            out_shardings: likewise for the results; None lets XLA choose.
             donate: positions in ``args`` whose buffers the program may reuse.
+            phase: the phase whose rules it is traced under.
         """
+        key = (self.placement.key(phase), key)
         future = self._programs.get(key)
         if future is not None:
             return future.result()
@@ -101,7 +101,7 @@ class Programs:
                 future = self._programs[key] = Future()
         if mine:
             try:
-                future.set_result(self._compile(fn, args, name, in_shardings, out_shardings, donate))
+                future.set_result(self._compile(fn, args, name, in_shardings, donate, phase))
             except BaseException as error:
                 del self._programs[key]  # a program that failed to compile may be tried again
                 future.set_exception(error)
@@ -113,20 +113,17 @@ class Programs:
         args: tuple[Any, ...],
         name: str,
         in_shardings: Any,
-        out_shardings: Any,
         donate: tuple[int, ...],
+        phase: str | None,
     ) -> Program:
         started = time.perf_counter()
+        rules, mesh = self.placement.rules(phase), self.placement.mesh
 
         def traced(*values: Any) -> Any:
-            with axis_scope(self.rules, self.mesh):
+            with axis_scope(rules, mesh):
                 return fn(*values)
 
         traced.__name__ = name
-        options: dict[str, Any] = {}
-        if in_shardings is not None:
-            options["in_shardings"] = in_shardings
-        if out_shardings is not None:
-            options["out_shardings"] = out_shardings
+        options = {} if in_shardings is None else {"in_shardings": in_shardings}
         compiled = jax.jit(traced, donate_argnums=donate, **options).lower(*args).compile()
         return Program(name, compiled, time.perf_counter() - started)

@@ -19,7 +19,6 @@ from spmd_infer.aggregate import Aggregate, Concat, together
 from spmd_infer.axes import BATCH
 from spmd_infer.batching import Buckets, pad_rows
 from spmd_infer.errors import BatchError
-from spmd_infer.functional import ModelFunction, Params
 from spmd_infer.inference import InferProgram, infer_program
 from spmd_infer.programs import Programs
 from spmd_infer.progress import progress
@@ -49,16 +48,12 @@ class BatchRunner:
     """Runs one model's ``infer`` programs.
 
     Attributes:
-        programs: where compiled programs are kept.
-        model: the model.
-        params: its parameters, on the mesh.
+        programs: the model, where it is, and its programs.
         signature: what it takes; None until the first batch shows it.
         buckets: the batch sizes that programs are compiled for.
     """
 
     programs: Programs
-    model: ModelFunction
-    params: Params
     signature: Signature | None
     buckets: Buckets
     _found: dict[Any, InferProgram] = field(default_factory=dict)
@@ -122,17 +117,20 @@ class BatchRunner:
                 program = self._program(checked, leaves, bucket, reduce)
                 self.signature = signature  # the model took it: from now on batches must be like it
                 weights = None if row_weights is None else _padded(row_weights[start:stop], bucket)
-                yield _Piece(stop - start, stop == checked.rows, program(self.params, leaves, weights))
+                yield _Piece(
+                    stop - start, stop == checked.rows, program(self.programs.placement.params, leaves, weights)
+                )
 
     def _program(
         self, checked: CheckedBatch, leaves: Sequence[Any], bucket: int, reduce: Aggregate | None
     ) -> InferProgram:
         # The caller's own device arrays must survive the call; memory that the engine made may be reused.
         donate = not any(isinstance(leaf, jax.Array) for leaf in leaves)
-        key = (checked.treedef, *[leaf.shape for leaf in leaves], type(reduce), donate)
+        layout = self.programs.placement.key()
+        key = (layout, checked.treedef, *[leaf.shape for leaf in leaves], type(reduce), donate)
         found = self._found.get(key)
         if found is None:
-            found = infer_program(self.programs, self.model, self.params, checked, bucket, reduce, donate)
+            found = infer_program(self.programs, checked, bucket, reduce, donate)
             self._found[key] = found
         return found
 

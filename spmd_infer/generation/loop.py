@@ -48,7 +48,7 @@ class DecodeLoop:
         self._dtype = cache_dtype(engine.mesh.devices.flat[0].platform, engine.dtype)
         self._prefills: dict[int, Callable[..., Any]] = {}
         self._out_axes = ((BATCH,), cache_axes(config))
-        self._decode = engine.jit("decode", decode, donate=(0,), out_axes=self._out_axes)
+        self._decode = engine.jit("decode", decode, donate=(0,), out_axes=self._out_axes, phase="decode")
 
     def clock(self) -> float:
         """Seconds on a clock that stands still while the engine compiles."""
@@ -81,7 +81,7 @@ class DecodeLoop:
         return groups
 
     def _run_group(self, group: Group, accept: Accept) -> None:
-        place = self._engine.place
+        place = partial(self._engine.place, phase="prefill")
         fields = sampling_arrays(group.params(), self._eos_ids)
         sampling = SamplingArrays(**{name: place(value, SAMPLING_AXES[name]) for name, value in fields.items()})
         lengths = place(group.lengths(), (BATCH,))
@@ -96,6 +96,12 @@ class DecodeLoop:
         tokens, cache = self._prefill(group.capacity)(place(group.input_ids(), (BATCH, SEQ)), lengths, sampling)
         # The first tokens are read at once: they are awaited most, and the decode program may still be to compile.
         read(tokens)
+        (tokens, cache), lengths, sampling = self._engine.hand_over(
+            ((tokens, cache), lengths, sampling),
+            (self._out_axes, (BATCH,), SamplingArrays(**SAMPLING_AXES)),  # type: ignore[arg-type]  # a tree of axes
+            before="prefill",
+            after="decode",
+        )
         most = max(request.params.max_tokens for request in running.values()) if running else 0
         unread: jax.Array | None = None
         for _ in range(1, most):
@@ -111,6 +117,9 @@ class DecodeLoop:
     def _prefill(self, capacity: int) -> Callable[..., Any]:
         if capacity not in self._prefills:
             self._prefills[capacity] = self._engine.jit(
-                f"prefill_{capacity}", partial(prefill, capacity=capacity, dtype=self._dtype), out_axes=self._out_axes
+                f"prefill_{capacity}",
+                partial(prefill, capacity=capacity, dtype=self._dtype),
+                out_axes=self._out_axes,
+                phase="prefill",
             )
         return self._prefills[capacity]

@@ -50,6 +50,8 @@ def resolve_mesh(
         PlanError: no mesh works; ``DoesNotFitError`` where memory is what is missing.
     """
     if isinstance(mesh, MeshPlan):
+        if rules is None and _is_of(mesh, model):
+            return mesh, mesh.build()
         rules = rules or mesh.rules
         mesh = mesh.mesh
     options: dict[str, Any] = {"inputs": inputs, "workload": workload, "rules": rules}
@@ -63,6 +65,12 @@ def resolve_mesh(
         built = (MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh).build()
     cluster = found_cluster(list(built.devices.flat))
     return make_plan(model, cluster, mesh=spec_of(built), **options), built
+
+
+def _is_of(plan: MeshPlan, model: ModelFunction) -> bool:
+    """Whether a plan lays out just the weights of this model."""
+    shapes = {path: tuple(value.shape) for path, value in model.params.items()}
+    return shapes == {layout.path: layout.shape for layout in plan.weights}
 
 
 def platform_of(mesh: MeshLike) -> str:

@@ -340,9 +340,9 @@ def _with_reason(candidate: Candidate, chosen: Candidate, workload: Workload, gi
     if candidate.time is None or chosen.time is None:
         splits = candidate.memory.weights < chosen.memory.weights
         reason = "splits weights that already fit" if splits else "not asked for"
-    elif given and mine < best:
+    elif given and 0 < mine < best:
         reason = f"estimated {best / mine:.3g}x faster, but the mesh was given"
-    elif mine <= best * (1 + CLOSE):
+    elif mine <= best * (1 + CLOSE) or best == 0:
         reason = "no faster, and less simple"
     else:
         reason = f"{mine / best:.3g}x the {'cost' if workload.objective == 'cost' else 'time'}"
