@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from math import ceil
 
 from spmd_infer.planning.drawing import Part, legend, mesh_picture, shares, weight_picture
 from spmd_infer.planning.explain import memory_parts, mesh_words, milliseconds, plannable_bytes, too_large
@@ -16,6 +15,7 @@ from spmd_infer.planning.search import gigabytes
 from spmd_infer.planning.weight_groups import weight_groups
 
 _SHOWN_GROUPS = 9
+_CUT = 4  # bars of plans that take longer than this many times the chosen one are cut off
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #c9d0d9; --paper: #ffffff; --box: #f4f6f8;
@@ -174,7 +174,7 @@ def _weights(plan: MeshPlan) -> Iterator[str]:
 def _candidates(plan: MeshPlan) -> Iterator[str]:
     yield "<h2>All plans that were looked at</h2>"
     timed = [c.time.total for c in plan.candidates if c.time is not None]
-    longest = sorted(timed)[ceil(0.75 * (len(timed) - 1))] if timed else 0.0
+    longest = min(max(timed), _CUT * plan.chosen.time.total) if plan.chosen.time is not None else 0.0
     phases = [phase.name for phase in plan.chosen.phases]
     head = ("mesh", "layout", "memory", *(phases if len(phases) > 1 else ()), "in all", "", "why not")
     body = []
@@ -196,6 +196,7 @@ def _candidates(plan: MeshPlan) -> Iterator[str]:
     if timed:
         named = [Part("compute beyond memory", 0, 0), Part("memory (HBM)", 0, 1), Part("collectives", 0, 2)]
         yield legend(named, None)
+        yield f"<p>Bars share one scale; those beyond {_CUT} times the chosen plan are cut off.</p>"
 
 
 def _bar(candidate: Candidate, longest: float) -> str:
