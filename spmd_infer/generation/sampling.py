@@ -17,6 +17,7 @@ import numpy as np
 
 from spmd_infer.axes import BATCH, VOCAB, constrain
 from spmd_infer.errors import TaskError
+from spmd_infer.generation.thresholds import filter_thresholds
 from spmd_infer.tensors import Axes
 
 _MAX_SEED = 2**32 - 1
@@ -171,7 +172,10 @@ def sample(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax
     """
     logits = jax.lax.cond(sampling.forbids, _forbid_ends, lambda x, *_: x, logits, sampling, steps)
     logits = constrain(logits, BATCH, VOCAB)
-    tokens: jax.Array = jax.lax.cond(sampling.draws, _draw, lambda x, *_: _likeliest(x), logits, sampling, steps)
+    # A function of its own for every trace: JAX keeps the traces of named branches, and with them another mesh.
+    tokens: jax.Array = jax.lax.cond(
+        sampling.draws, lambda *args: _draw(*args), lambda x, *_: _likeliest(x), logits, sampling, steps
+    )
     return tokens
 
 
@@ -198,53 +202,24 @@ def _forbid_ends(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) 
 
 
 def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:
-    # The vocabulary is brought together once, and only here: otherwise every later pass over it would be a collective.
-    logits = constrain(constrain(logits, BATCH, VOCAB), BATCH, None)
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
-    scaled = jax.lax.cond(sampling.filters, _filter, lambda x, *_: x, scaled, sampling.top_k, sampling.top_p)
+    top_k, top_p = jnp.where(greedy, 0, sampling.top_k), jnp.where(greedy, 1.0, sampling.top_p)
+    scaled = jax.lax.cond(sampling.filters, lambda *args: _filter(*args), lambda x, *_: x, scaled, top_k, top_p)
 
     def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
+        # Each token's number comes from its place in the whole vocabulary, on whatever device that is made.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     # The largest of logits plus Gumbel noise is distributed as their softmax (Gumbel 1954).
-    drawn = _likeliest(scaled + jax.vmap(noise)(sampling.seed, steps))
-    return jnp.where(greedy, _likeliest(logits), drawn)
+    drawn = scaled + constrain(jax.vmap(noise)(sampling.seed, steps), BATCH, VOCAB)
+    return _likeliest(jnp.where(greedy[:, None], logits, drawn))
 
 
 def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """``logits [B, V]`` with all but the top-k, then top-p, tokens at minus infinity.
-
-    The threshold of each row is found bit by bit, in 32 passes instead of a sort: the vocabulary stays where it is, and
-    tokens as likely as the last one that is kept are kept too, whatever their order.
-    """
-    order = _ordered_bits(logits)
-    vocab = logits.shape[-1]
-    wanted = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    kth = _threshold(order, jnp.ones_like(logits), wanted.astype(jnp.float32))
-    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    nucleus = _threshold(order, probabilities, top_p * jnp.sum(probabilities, axis=-1))
-    kept = (order >= nucleus[:, None]) | (top_p >= 1)[:, None]
-    return jnp.where(kept, logits, -jnp.inf)
+    """``logits [B, V]`` with all but the top-k, then top-p, tokens at minus infinity."""
+    return jnp.where(logits >= filter_thresholds(logits, top_k, top_p)[:, None], logits, -jnp.inf)
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the float32 numbers ``x``."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    negative = bits >> 31 == 1
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _threshold(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-    """For each row the largest t with ``sum(weights where order >= t) >= wanted``, as ``[B]`` uint32."""
-
-    def refine(index: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        mass = jnp.sum(jnp.where(order >= candidate[:, None], weights, 0.0), axis=-1)
-        return jnp.where(mass >= wanted, candidate, found)
-
-    start = jnp.zeros(order.shape[:1], jnp.uint32)
-    result: jax.Array = jax.lax.fori_loop(0, 32, refine, start)
-    return result
+__all__ = ["SAMPLING_AXES", "SamplingArrays", "SamplingParams", "sample", "sampling_arrays", "stop_tokens"]
