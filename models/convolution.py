@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from spmd_infer.models.halo import Padding, convolve
 from spmd_infer.tensors import Axes
 
 _initial = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -45,7 +46,7 @@ class Conv(nnx.Module):
         shape = (kernel_size, kernel_size, in_features, out_features)
         self.weight = nnx.Param(_initial(rngs.params(), shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[-1:]) if use_bias else None
-        self.stride = stride
+        self.stride, self.channel_axes = stride, axes[2:]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve ``x [B, height, width, in]`` to float32 ``[B, ceil(height/stride), ceil(width/stride), out]``."""
@@ -53,17 +54,21 @@ class Conv(nnx.Module):
         if weight.shape[:2] == (1, 1) and self.stride == 1:
             y = lax.dot_general(x, weight[0, 0], (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         else:
-            y = lax.conv_general_dilated(
-                x,
-                weight,
-                (self.stride, self.stride),
-                "SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                preferred_element_type=jnp.float32,
-            )
+            inputs, outputs = self.channel_axes
+            y = convolve(self._convolve, x, weight, stride=self.stride, inputs=inputs, outputs=outputs)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y
+
+    def _convolve(self, x: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            weight,
+            (self.stride, self.stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=jnp.float32,
+        )
 
 
 class DepthwiseConv(nnx.Module):
@@ -84,16 +89,19 @@ class DepthwiseConv(nnx.Module):
     def __init__(self, features: int, kernel_size: int, *, axis: str | None, stride: int = 1, rngs: nnx.Rngs) -> None:
         shape = (kernel_size, kernel_size, 1, features)
         self.weight = nnx.Param(_initial(rngs.params(), shape), axes=(None, None, None, axis))
-        self.stride = stride
+        self.stride, self.axis = stride, axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve ``x [B, height, width, C]`` to float32 ``[B, ceil(height/stride), ceil(width/stride), C]``."""
-        batch, height, width, channels = x.shape
-        weight = self.weight[...].astype(jnp.float32)
+        weight = self.weight[...]
+        return convolve(self._convolve, x, weight, stride=self.stride, inputs=None, outputs=self.axis, depthwise=True)
+
+    def _convolve(self, x: jax.Array, weight: jax.Array, padding: Padding) -> jax.Array:
+        weight = weight.astype(jnp.float32)
         kernel_size, stride = weight.shape[0], self.stride
-        rows, row_padding = _same(height, kernel_size, stride)
-        columns, column_padding = _same(width, kernel_size, stride)
-        padded = jnp.pad(x.astype(jnp.float32), ((0, 0), row_padding, column_padding, (0, 0)))
+        padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
+        batch, height, width, channels = padded.shape
+        rows, columns = (height - kernel_size) // stride + 1, (width - kernel_size) // stride + 1
         y = jnp.zeros((batch, rows, columns, channels), jnp.float32)
         for i in range(kernel_size):
             for j in range(kernel_size):
@@ -124,10 +132,3 @@ class BatchNorm(nnx.Module):
         mean, variance = self.running_mean[...].astype(jnp.float32), self.running_var[...].astype(jnp.float32)
         scale = weight * lax.rsqrt(variance + self.epsilon)  # [C]
         return x.astype(jnp.float32) * scale + (bias - mean * scale)
-
-
-def _same(size: int, kernel_size: int, stride: int) -> tuple[int, tuple[int, int]]:
-    """Output size, and the padding before and after, of TensorFlow's "SAME" convolution."""
-    outputs = -(-size // stride)
-    padding = max((outputs - 1) * stride + kernel_size - size, 0)
-    return outputs, (padding // 2, padding - padding // 2)
