@@ -83,8 +83,8 @@ def make(folder: Path, nbytes: int) -> int:
     return offset
 
 
-def timed(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, int, str]:
-    """Seconds, peak resident bytes, and standard output of a command."""
+def timed(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, int, float, str]:
+    """Seconds, peak resident bytes, seconds of processor time, and standard output of a command."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | (environment or {}))
     assert process.stdout is not None
@@ -93,18 +93,19 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> tupl
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024, output
+    seconds = time.perf_counter() - begin
+    return seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime, output
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of ``cp``, and until the disk holds the copy."""
+def copy(source: Path, target: Path) -> tuple[float, float, float]:
+    """Seconds of ``cp``, seconds until the disk holds the copy, and of processor time."""
     os.sync()
-    seconds, _, _ = timed(["cp", "-r", str(source), str(target)])
+    seconds, _, processor, _ = timed(["cp", "-r", str(source), str(target)])
     begin = time.perf_counter()
     os.sync()
     flushed = seconds + time.perf_counter() - begin
     shutil.rmtree(target)
-    return seconds, flushed
+    return seconds, flushed, processor
 
 
 def load_here(path: str, mesh: str) -> dict[str, Any]:
@@ -145,24 +146,25 @@ def main() -> None:
     nbytes = make(source, int(options.gigabytes * 1e9))
     largest = VOCAB * HIDDEN * 2
     rows: list[dict[str, Any]] = []
-    copies: list[tuple[float, float]] = []
+    copies: list[tuple[float, float, float]] = []
 
-    def note(step: str, seconds: float, peak: int, beyond: int | None = None) -> None:
+    def note(step: str, seconds: float, processor: float, peak: int, beyond: int | None = None) -> None:
         row = {"step": step, "seconds": seconds, "peak": peak, "beyond": peak if beyond is None else beyond}
-        rows.append(row)
-        figures = f"{seconds:>8.1f} s {nbytes / seconds / 1e6:>7.0f} MB/s   beyond {row['beyond'] / 2**20:>6.0f} MiB"
+        rows.append(row | {"processor_seconds": processor})
+        rate = f"{seconds:>8.1f} s ({processor:>5.1f} s of processors) {nbytes / seconds / 1e6:>7.0f} MB/s"
+        figures = f"{rate}   beyond {(peak if beyond is None else beyond) / 2**20:>6.0f} MiB"
         print(f"{step:<34}{figures}", flush=True)
 
     def cli(step: str, *arguments: str) -> dict[str, Any]:
-        seconds, peak, output = timed([COMMAND, *arguments, "--json"])
-        note(step, seconds, peak)
+        seconds, peak, processor, output = timed([COMMAND, *arguments, "--json"])
+        note(step, seconds, processor, peak)
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
         return result
 
     def copied() -> None:
         copies.append(copy(source, folder / "copy"))
-        note("cp", copies[-1][0], 0)
-        note("cp, flushed", copies[-1][1], 0)
+        note("cp", copies[-1][0], copies[-1][2], 0)
+        note("cp, flushed", copies[-1][1], copies[-1][2], 0)
 
     print(f"{nbytes / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB")
     if "copy" in steps:
@@ -187,9 +189,9 @@ def main() -> None:
     if "load" in steps:
         environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, __file__, "--load", str(current), "data=2,model=4"]
-        _, peak, output = timed(command, environment)
+        _, peak, processor, output = timed(command, environment)
         loaded = json.loads(output.splitlines()[-1])
-        note("load on data=2,model=4", loaded["seconds"], peak, peak - loaded["arrays"])
+        note("load on data=2,model=4", loaded["seconds"], processor, peak, peak - loaded["arrays"])
     if "verify" in steps and current != source:
         answer = cli("verify", "verify", str(current))
         assert all(problem["kind"] == "values" for problem in answer["problems"]), answer["problems"][:3]
@@ -209,7 +211,7 @@ def main() -> None:
         options.json.write_text(json.dumps({"bytes": nbytes, "largest": largest, "rows": rows}, indent=1) + "\n")
 
 
-def report(rows: list[dict[str, Any]], copies: list[tuple[float, float]], nbytes: int, largest: int) -> None:
+def report(rows: list[dict[str, Any]], copies: list[tuple[float, float, float]], nbytes: int, largest: int) -> None:
     allowed = largest + LIMIT_BEYOND
     print(
         f"\nmemory: at most {max(row['beyond'] for row in rows) / 2**20:.0f} MiB beyond, allowed {allowed / 2**20:.0f}"

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from spmd_infer.checkpoints import gguf_header, gguf_reader, manifest, native_reader, safetensors_reader, torch_reader
+from spmd_infer.checkpoints import (
+    ctranslate2_reader,
+    gguf_header,
+    gguf_reader,
+    manifest,
+    msgpack_reader,
+    native_reader,
+    npz_reader,
+    orbax_reader,
+    safetensors_reader,
+    torch_reader,
+)
 from spmd_infer.checkpoints.folder_files import inside
 from spmd_infer.checkpoints.native_reader import NativeReader, Verify
 from spmd_infer.checkpoints.reader import Reader
@@ -68,6 +79,20 @@ BUILT_IN: tuple[Format, ...] = (
         "a .safetensors file, or a folder with model.safetensors or model.safetensors.index.json",
         _detects_safetensors,
         safetensors_reader.SafetensorsReader,
+    ),
+    Format(
+        "ctranslate2",
+        "a CTranslate2 model.bin",
+        ctranslate2_reader.is_ctranslate2,
+        ctranslate2_reader.CTranslate2Reader,
+    ),
+    Format("npz", "a NumPy .npz archive", npz_reader.is_npz, npz_reader.NpzReader),
+    Format("msgpack", "a Flax .msgpack file", msgpack_reader.is_msgpack, msgpack_reader.MsgpackReader),
+    Format(
+        "orbax",
+        "a folder with a tree that Orbax saved",
+        lambda path, head: orbax_reader.is_orbax(path),
+        orbax_reader.OrbaxReader,
     ),
     Format("pth", "a PyTorch state dict: .pth, .pt, .bin or .ckpt", torch_reader.is_torch, torch_reader.TorchReader),
 )

@@ -111,7 +111,7 @@ class NativeReader:
 
     def check_chunk(self, name: str, chunk: Chunk) -> None:
         """Read one chunk of a stored array and compare its digest."""
-        self._verified_bytes(name, chunk, np.empty(chunk.nbytes, np.uint8))
+        self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
 
     def file_of(self, chunk: Chunk) -> Path:
         """The data file that a chunk lies in."""
@@ -133,7 +133,7 @@ class NativeReader:
                 else:
                     self._files[chunk.file].fill(raw, chunk.offset)
             elif unchecked:
-                raw = self._verified_bytes(name, chunk, np.empty(chunk.nbytes, np.uint8))
+                raw = self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
                 piece = raw.view(dtype).reshape(box_shape(chunk.box))
                 np.copyto(target, piece[as_slices(relative(shared, chunk.box))])
             else:

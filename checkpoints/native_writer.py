@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces
 from spmd_infer.checkpoints.casting import cast
+from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DATA_FOLDER, DTYPES, ArrayEntry, Chunk, StoredFile, data_digest
 from spmd_infer.errors import CheckpointError
 
@@ -33,13 +34,11 @@ class DataWriter:
 
     Args:
         folder: the checkpoint's folder, or the one that will become it.
-        label: what the names of this writer's files begin with, where several processes write into one folder.
         steps: entries that a run before wrote, as ``add`` returned them; what lies behind them is cut off.
     """
 
-    def __init__(self, folder: Path, label: str = "", steps: Iterable[tuple[str, ArrayEntry]] = ()) -> None:
+    def __init__(self, folder: Path, steps: Iterable[tuple[str, ArrayEntry]] = ()) -> None:
         self._folder = folder
-        self._label = label
         self.arrays: dict[str, ArrayEntry] = dict(steps)
         self._names: list[str] = []
         self._sizes: list[int] = []
@@ -136,7 +135,7 @@ class DataWriter:
         position = self._current.get(host)
         if position is None or self._sizes[position] >= FILE_BYTES:
             count = sum(f"host-{host:04d}-" in name for name in self._names)
-            self._names.append(f"{DATA_FOLDER}/{self._label}host-{host:04d}-{count:04d}.bin")
+            self._names.append(f"{DATA_FOLDER}/host-{host:04d}-{count:04d}.bin")
             self._sizes.append(0)
             position = self._current[host] = len(self._names) - 1
             (self._folder / self._names[position]).write_bytes(b"")
@@ -173,8 +172,11 @@ def _packed(values: Array, shape: tuple[int, ...], dtype: np.dtype[Any], name: s
     """Values in C order and in the stored dtype; only copied where they are not."""
     if values.shape != shape:
         raise CheckpointError(f"tensor {name!r}: expected a piece of shape {list(shape)}, got {list(values.shape)}")
+    if values.dtype == dtype and values.flags.c_contiguous:
+        return values
+    out = aligned_empty(shape, dtype)
     if values.dtype == dtype:
-        return np.ascontiguousarray(values).reshape(shape)
-    out = np.empty(shape, dtype)
-    cast(values, out, name)
+        np.copyto(out, values)
+    else:
+        cast(values, out, name)
     return out

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
+from spmd_infer.checkpoints.file_bytes import reused_memory
 from spmd_infer.checkpoints.native_reader import NativeReader
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.errors import CheckpointError
@@ -63,13 +64,20 @@ def verify(
     if isinstance(reader, NativeReader):
         problems = verify_native(reader, advance=advance)
         damaged = {problem.tensor for problem in problems}
+    with reused_memory():
+        problems.extend(_tensor_problems(reader, damaged, dtype, advance))
+    return problems
+
+
+def _tensor_problems(
+    reader: Reader, damaged: set[str], dtype: str | None, advance: Callable[[int], None]
+) -> Iterator[Problem]:
     for info in reader.tensors.values():
         if dtype is not None and info.dtype.name != dtype and _is_float(info.dtype):
-            problems.append(Problem(info.file, info.name, f"{info}; expected {dtype}", kind="dtype"))
+            yield Problem(info.file, info.name, f"{info}; expected {dtype}", kind="dtype")
         if info.name not in damaged:
-            problems.extend(_value_problems(reader, info))
+            yield from _value_problems(reader, info)
         advance(info.nbytes)
-    return problems
 
 
 def verify_native(reader: NativeReader, *, advance: Callable[[int], None] = lambda count: None) -> list[Problem]:
@@ -88,7 +96,7 @@ def verify_native(reader: NativeReader, *, advance: Callable[[int], None] = lamb
         key=lambda item: (item[1].file, item[1].offset),
     )
     problems = []
-    with ThreadPoolExecutor(max(1, min(_MOST_WORKERS, os.cpu_count() or 1))) as pool:
+    with reused_memory(), ThreadPoolExecutor(max(1, min(_MOST_WORKERS, os.cpu_count() or 1))) as pool:
         for nbytes, problem in pool.map(check, chunks):
             advance(nbytes)
             if problem is not None:
