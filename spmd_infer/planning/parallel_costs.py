@@ -179,15 +179,14 @@ def expert_cost(mesh: MeshSpec, rules: AxisRules, work: ExpertWork, cluster: Clu
     flops = 2 * 3 * matrix * chosen * imbalance / of_experts / of_hidden
     used = work.num_experts * (1 - (1 - work.experts_per_token / work.num_experts) ** group)
     weights = 3 * matrix * work.itemsize * used / of_experts / of_hidden
-    # Rows in and out of the experts and their hidden width; then, for every choice of the group, outputs are set to
-    # zero, read in the tokens' order, weighted and summed, in float32.
-    active = chosen * imbalance / of_experts * (work.itemsize * work.embed_dim + 4 * work.embed_dim)
+    # Rows in and out of the experts, their hidden width, and the sums by token; the latter begin as zeros everywhere.
+    active = chosen * imbalance / of_experts * (work.itemsize * work.embed_dim + 3 * 4 * work.embed_dim)
     active += chosen * imbalance / of_experts * 4 * 3 * work.mlp_dim / of_hidden
-    unsorted = chosen * 4 * work.embed_dim * 4
+    sums = 2 * group * 4 * work.embed_dim
     rate = device.peak(dtype) * device.matmul_efficiency / share
     return StepTime(
         compute=flops / rate,
-        memory=(weights + active + unsorted) / _bandwidth(cluster),
+        memory=(weights + active + sums) / _bandwidth(cluster),
         collectives=message_time(expert_messages(mesh, rules, work), mesh, cluster),
     )
 

@@ -119,17 +119,18 @@ def test_both_grouped_products_are_one(counts: list[int]) -> None:
     x, source = jnp.asarray(rng.normal(size=(12, 6)), jnp.float32), jnp.asarray(rng.integers(0, 12, rows))
     gate, up = jnp.asarray(rng.normal(size=(2, 4, 10, 6)), jnp.float32)
     down = jnp.asarray(rng.normal(size=(4, 6, 10)), jnp.float32)
-    args = x, source, jnp.asarray(counts), gate, up, down
+    share = jnp.asarray(rng.uniform(size=rows), jnp.float32)
+    args = x, source, share, jnp.asarray(counts), gate, up, down
     ends = np.cumsum(counts)
     expert = np.searchsorted(ends, np.arange(rows), side="right")
-    expected = np.zeros((rows, 6))
+    expected = np.zeros((12, 6))
     for row in range(ends[-1]):
         g, u, d = (np.asarray(w[expert[row]], np.float64) for w in (gate, up, down))
         h = g @ np.asarray(x[source[row]])
-        expected[row] = d @ (h / (1 + np.exp(-h)) * (u @ np.asarray(x[source[row]])))
+        expected[source[row]] += share[row] * (d @ (h / (1 + np.exp(-h)) * (u @ np.asarray(x[source[row]]))))
     for product in (_in_blocks, _ragged):
         found = product(4, *args) if product is _in_blocks else product(*args)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # sums of 10 products of about 10
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # sums of products of about 10
 
 
 def test_tokens_are_counted() -> None:
