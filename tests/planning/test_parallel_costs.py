@@ -1,0 +1,138 @@
+"""Costs of pipelines and experts: checked by hand, and messages as the compiled programs have them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spmd_infer.axes import AxisRules
+from spmd_infer.engine import Engine
+from spmd_infer.errors import PlanError
+from spmd_infer.functional import model_function
+from spmd_infer.mesh import MeshSpec
+from spmd_infer.models.llama import Config, Llama, input_spec
+from spmd_infer.pipeline import for_stages
+from spmd_infer.planning.audit import collectives
+from spmd_infer.planning.cost import MeshCost, cost_of
+from spmd_infer.planning.hardware import Cluster, parse_cluster
+from spmd_infer.planning.layout import weight_layouts
+from spmd_infer.planning.mesh_plan import Memory, StepTime
+from spmd_infer.planning.parallel_costs import (
+    ExpertWork,
+    PipelineCost,
+    expert_cost,
+    expert_messages,
+    message_time,
+    pipeline_cost,
+)
+from spmd_infer.planning.work import read_work
+from spmd_infer.planning.workload import Workload
+
+CONFIG = Config(
+    vocab_size=64, embed_dim=32, mlp_dim=64, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8, context_len=64
+)
+ROWS, LENGTH = 16, 8
+H100 = parse_cluster("8xH100")
+SPLIT = AxisRules().replace(batch=("data", "expert"))
+
+
+def step(config: Config, mesh: MeshSpec, rules: AxisRules, cluster: Cluster) -> MeshCost:
+    model = model_function(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    work = read_work(model, *Workload(rows=ROWS, sizes={"seq": LENGTH}).batch(input_spec(config), ROWS))
+    return cost_of(mesh, rules, weight_layouts(model, rules, mesh.shape), work, cluster)
+
+
+def cost(mesh_name: str, microbatches: int, cluster: Cluster = H100) -> PipelineCost:
+    mesh = MeshSpec.parse(mesh_name)
+    model = model_function(nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0))))
+    _, rules = for_stages(model, AxisRules().with_units(CONFIG.axis_units()), mesh.shape)
+    layers = sum(p.size * 4 for path, p in model.params.items() if path.startswith("layers."))
+    whole, outside = (step(replace(CONFIG, num_layers=n), mesh, rules, cluster) for n in (CONFIG.num_layers, 0))
+    row_bytes = (LENGTH * CONFIG.embed_dim * 4, LENGTH * 4)
+    layers //= mesh.shape.get("model", 1)
+    return pipeline_cost(whole, outside, layers, row_bytes, ROWS, microbatches, mesh, rules, cluster)
+
+
+@pytest.mark.parametrize("mesh_name", ["stage=2", "stage=2,data=2", "stage=2,data=2,model=2", "stage=4"])
+def test_permutes_are_those_of_the_program(mesh_name: str) -> None:
+    ids = np.zeros((ROWS, LENGTH), np.int32)
+    engine = Engine(Llama(CONFIG, rngs=nnx.Rngs(0)), mesh=mesh_name, example=ids, buckets=[ROWS])
+    engine.infer(ids)
+    (program,) = engine.programs
+    found = sorted(c.nbytes for c in collectives(program.compiled) if c.kind == "collective-permute")
+    stages = engine.mesh.shape["stage"]
+    count = min(4 * stages, ROWS // engine.mesh.shape.get("data", 1))
+    predicted = cost(mesh_name, count).permutes
+    # Once in the program's loop: each array goes on, and makes room. In a step once a tick.
+    assert sorted(m.nbytes for m in predicted for _ in range(2)) == found
+    assert {m.times for m in predicted} == {2 * (count + stages - 1)}
+
+
+def test_more_microbatches_idle_less_and_read_weights_more_often() -> None:
+    few, many = cost("stage=4", 4), cost("stage=4", 16)
+    assert few.bubble == pytest.approx(3 / 7)
+    assert many.bubble == pytest.approx(3 / 19)
+    assert many.time.compute < few.time.compute
+    assert many.time.memory > few.time.memory
+    assert sum(m.nbytes * m.times for m in many.permutes) < sum(m.nbytes * m.times for m in few.permutes)
+
+
+def test_arithmetic_of_a_pipeline_by_hand() -> None:
+    mesh, memory = MeshSpec.of(stage=4), Memory(0, 0, 0, 0)
+    whole, outside = MeshCost(memory, StepTime(8.0, 0.0, 0.0), {}), MeshCost(memory, StepTime(2.0, 0.0, 0.0), {})
+    found = pipeline_cost(whole, outside, 0, (), 12, 12, mesh, AxisRules(), H100)
+    # Six seconds of layers in 12 micro-batches, and three ticks of bubble.
+    assert found.time.total == pytest.approx(2 + 6 / 12 * 15)
+    assert found.permutes == ()
+
+
+def test_a_pipeline_needs_the_work() -> None:
+    nothing = MeshCost(Memory(0, 0, 0, 0), None, {})
+    with pytest.raises(PlanError, match="needs the work of a step"):
+        pipeline_cost(nothing, nothing, 0, (), 8, 4, MeshSpec.of(stage=2), AxisRules(), H100)
+
+
+WORK = ExpertWork(tokens=4096, rows=64, embed_dim=512, mlp_dim=1024, num_experts=8, experts_per_token=2, itemsize=2)
+
+
+def test_messages_of_experts() -> None:
+    mesh = MeshSpec.parse("data=2,expert=2,model=2")
+    half = 4096 // 2 * 512 * 2
+    replicated = expert_messages(mesh, AxisRules(), WORK)
+    assert [(m.kind, m.axes, m.nbytes) for m in replicated] == [("all-reduce", ("expert", "model"), half)]
+    split = expert_messages(mesh, SPLIT, WORK)
+    assert [(m.kind, m.axes, m.nbytes) for m in split] == [
+        ("all-gather", ("expert",), half),
+        ("reduce-scatter", ("expert",), half // 2),
+        ("all-reduce", ("model",), half // 2),
+    ]
+    assert expert_messages(MeshSpec.of(data=8), SPLIT, WORK) == ()
+
+
+def test_arithmetic_of_experts_by_hand() -> None:
+    mesh = MeshSpec.of(data=1, expert=8)
+    found = expert_cost(mesh, SPLIT, WORK, H100, "bfloat16")
+    device = H100.device
+    flops = 2 * 3 * 512 * 1024 * 4096 * 2 / 8
+    assert found.compute == pytest.approx(flops / (device.peak("bfloat16") * device.matmul_efficiency))
+    assert found.collectives == message_time(expert_messages(mesh, SPLIT, WORK), mesh, H100)
+
+
+@given(imbalance=st.floats(1, 8))
+def test_the_busiest_device_sets_the_time_unless_the_machine_is_shared(imbalance: float) -> None:
+    mesh = MeshSpec.of(data=1, expert=8)
+    crowded = replace(WORK, imbalance=imbalance)
+    even = expert_cost(mesh, SPLIT, WORK, H100, "bfloat16")
+    assert expert_cost(mesh, SPLIT, crowded, H100, "bfloat16").compute == pytest.approx(imbalance * even.compute)
+    shared = parse_cluster("8")
+    assert expert_cost(mesh, SPLIT, crowded, shared, "float32") == expert_cost(mesh, SPLIT, WORK, shared, "float32")
+
+
+def test_one_token_reads_only_its_experts() -> None:
+    mesh = MeshSpec.of(data=1)
+    one = expert_cost(mesh, SPLIT, replace(WORK, tokens=1, rows=1), H100, "bfloat16")
+    weights = 3 * 512 * 1024 * 2 * 2  # two experts of eight
+    assert one.memory * H100.device.bandwidth * H100.device.bandwidth_efficiency == pytest.approx(weights, rel=0.01)
