@@ -77,7 +77,7 @@ class Engine:
         signature = Signature(inputs) if inputs is not None else None
         if example is not None and signature is None:
             signature = Signature.from_example(example)
-        values = function.params
+        values = base_function(function).params
         inputs = signature.inputs if signature is not None else None
         function, plan, built = resolve_stages(mesh, function, inputs, workload, rules)
         self._set_up(placed(function, plan, built, values), signature, buckets, rules, workload)
@@ -423,4 +423,5 @@ def _resolve(
         return resolve_stages(mesh, model, inputs, workload, rules)
     traffic = opened.workload(workload or Workload())
     phases, units = opened.phases(traffic), opened.config.axis_units()
-    return resolve_stages(mesh, model, inputs, traffic, rules, phases=phases, units=units)
+    shallow = opened.shallow(traffic)
+    return resolve_stages(mesh, model, inputs, traffic, rules, phases=phases, units=units, shallow=shallow)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from spmd_infer.axes import SEQ
 from spmd_infer.checkpoints import Reader, open_checkpoint
@@ -20,29 +20,30 @@ from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
 from spmd_infer.models.phases import Phase
 from spmd_infer.models.registry import ModelConfig, family_named
+from spmd_infer.planning.search import Shallow
+from spmd_infer.planning.work import compute_dtype
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import InputSpec, Source
 
+MANY_LAYERS = 8
+"""From this depth on plans are made from the traces of two and three layers."""
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint matched to a model family.
+
+@dataclass(frozen=True, kw_only=True)
+class DescribedModel:
+    """A zoo model of certain sizes, of which no weight exists.
 
     Attributes:
-        reader: the open checkpoint.
         family: the family that it belongs to.
         config: its sizes.
-        model: the model with abstract parameters in the dtypes that they will be loaded in.
+        model: the model with abstract parameters in the dtypes that they will have.
         inputs: what the model takes.
-        table: where each parameter is stored.
     """
 
-    reader: Reader
     family: Family
     config: ModelConfig
     model: ModelFunction
     inputs: dict[str, InputSpec]
-    table: dict[str, Source]
 
     def workload(self, traffic: Workload) -> Workload:
         """The traffic with rows no longer than this model takes."""
@@ -54,8 +55,61 @@ class OpenedModel:
 
     def phases(self, traffic: Workload) -> tuple[Phase, ...]:
         """The kinds of steps that this model takes for such traffic; none where it takes one."""
-        largest = max(self.model.params.values(), key=lambda p: p.size)
-        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, largest.dtype)
+        dtype = compute_dtype(max(self.model.params.values(), key=lambda p: p.size).dtype)
+        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, dtype)
+
+    def shallow(self, traffic: Workload) -> Shallow | None:
+        """The same model with few layers, where it has so many that tracing all of them takes long."""
+        depth = getattr(self.config, "num_layers", 0)
+        if depth < MANY_LAYERS:
+            return None
+
+        def cut(num_layers: int) -> tuple[ModelFunction, dict[str, Any]]:
+            config: Any = replace(self.config, num_layers=num_layers)  # type: ignore[type-var]  # every Config is one
+            model = model_function(self.family.abstract(config))
+            params = {
+                path: jax.ShapeDtypeStruct(p.shape, self.model.params[path].dtype) for path, p in model.params.items()
+            }
+            part = DescribedModel(
+                family=self.family, config=config, model=model.with_params(params), inputs=self.inputs
+            )
+            return part.model, {phase.name: phase.inputs for phase in part.phases(traffic)} or {"infer": self.inputs}
+
+        return Shallow(depth, cut(2), cut(3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel(DescribedModel):
+    """A checkpoint matched to a model family.
+
+    Attributes:
+        reader: the open checkpoint.
+        table: where each parameter is stored.
+    """
+
+    reader: Reader
+    table: dict[str, Source]
+
+
+def describe_model(config: Mapping[str, Any], dtype: Any = None) -> DescribedModel:
+    """The model that a configuration describes.
+
+    Args:
+        config: the keys of a Hugging Face ``config.json``.
+        dtype: of the weights; default ``torch_dtype`` of the configuration, else bfloat16. ``int8`` stands for weights
+            of one byte that are computed with in bfloat16.
+
+    Raises:
+        ModelError: no family answers to it, or the dtype is unknown.
+    """
+    named = next(iter(config.get("architectures") or []), config.get("model_type"))
+    family, _ = find_family(named, {})
+    sizes = family.config_from_hf(config)
+    model = model_function(family.abstract(sizes))
+    said = dtype if dtype is not None else config.get("dtype", config.get("torch_dtype", "bfloat16"))
+    wanted = jnp.dtype(jnp.int8) if str(said) == "int8" else floating_dtype(said)
+    params = {path: jax.ShapeDtypeStruct(value.shape, wanted) for path, value in model.params.items()}
+    return DescribedModel(family=family, config=sizes, model=model.with_params(params), inputs=family.input_spec(sizes))
 
 
 def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", verify: Verify = "full") -> OpenedModel:
@@ -91,7 +145,7 @@ def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") ->
         family, config = find_family(reader.architecture, shapes)
     if config is None:
         config = family.config_from_hf(reader.config)
-    model = model_function(nnx.eval_shape(lambda: family.build(config)))
+    model = model_function(family.abstract(config))
     if stored is not None and stored.family is not None:
         table = {name: Source(name) for name in model.params}
     else:
@@ -120,7 +174,12 @@ def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") ->
         name: jax.ShapeDtypeStruct(value.shape, loaded_dtype(name, value.dtype)) for name, value in model.params.items()
     }
     return OpenedModel(
-        reader, family, config, model.with_params(params), family.input_spec(config), {n: table[n] for n in params}
+        family=family,
+        config=config,
+        model=model.with_params(params),
+        inputs=family.input_spec(config),
+        reader=reader,
+        table={name: table[name] for name in params},
     )
 
 

@@ -26,6 +26,7 @@ from spmd_infer.models.pipeline import Stages, bubble_share, microbatch_count
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.resolve import MeshLike, resolve_mesh
+from spmd_infer.planning.search import Shallow
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import Axes
 
@@ -157,6 +158,7 @@ def resolve_stages(
     *,
     phases: Sequence[Phase] = (),
     units: Mapping[str, int] | None = None,
+    shallow: Shallow | None = None,
 ) -> tuple[ModelFunction, MeshPlan, Mesh]:
     """``resolve_mesh``, with the model's layers stacked where the caller's mesh has stages.
 
@@ -172,7 +174,7 @@ def resolve_stages(
         plan, built = resolve_mesh(mesh, model, inputs, workload, staged)
         notes = pipeline_notes(model, staged, shape, (workload or Workload()).rows)
         return model, replace(plan, notes=(*plan.notes, *notes)), built
-    return model, *resolve_mesh(mesh, model, inputs, workload, rules, phases=phases, units=units)
+    return model, *resolve_mesh(mesh, model, inputs, workload, rules, phases=phases, units=units, shallow=shallow)
 
 
 def own_layouts(model: ModelFunction, weights: Sequence[WeightLayout], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from spmd_infer.axes import SEQ, AxisRules
+from spmd_infer.errors import CheckpointError
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
-from spmd_infer.opening import open_model
+from spmd_infer.opening import DescribedModel, describe_model, open_model
+from spmd_infer.planning import known_models
 from spmd_infer.planning.hardware import Cluster, found_cluster, parse_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.search import make_plan
@@ -23,7 +27,7 @@ def plan(
     params: Any = None,
     *,
     devices: str | int | Cluster | None = None,
-    hosts: int = 1,
+    hosts: int | None = None,
     batch: int = 8,
     length: int | None = None,
     output: int | None = None,
@@ -39,10 +43,11 @@ def plan(
     """How a model would lie on devices, and why.
 
     Args:
-        model: the path of a checkpoint of a zoo model, or a model as ``Engine`` takes it; abstract parameters will do.
+        model: the name of a well-known model (``"llama-3.1-70b"``), the path of its ``config.json`` or of a checkpoint,
+            or a model as ``Engine`` takes it; abstract parameters will do.
         params: parameters of a Linen module or function.
         devices: ``"16xH100"``, a number of simulated CPU devices, or a ``Cluster``; default the devices there are.
-        hosts: how many hosts they are spread over.
+        hosts: how many hosts they are spread over; default as few as the device's usual hosts allow.
         batch: rows that one step handles.
         length: tokens in a row (of a prompt, for models that generate), for models of text; default 128.
         output: tokens that each request asks for, for models that generate; default 64.
@@ -50,7 +55,7 @@ def plan(
         ttft_limit: seconds to the first token that no plan may exceed.
         itl_limit: seconds between tokens that no plan may exceed.
         mesh: ``"auto"``, or a mesh to judge.
-        dtype: as for ``Engine.load``.
+        dtype: as for ``Engine.load``; ``int8`` for weights of one byte in models planned from a configuration.
         example: a batch of a model of your own, from which its inputs are learnt.
         inputs: a pytree of ``InputSpec`` instead.
         rules: where logical axes go.
@@ -69,25 +74,48 @@ def plan(
     )
     spec = None if mesh == "auto" else MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if isinstance(model, str | Path):
-        opened = open_model(model, dtype, platform="cpu" if cluster.device.shared else cluster.device.name)
-        workload = opened.workload(workload)
-        return make_plan(
-            opened.model,
+        described = describe(model, dtype, cluster)
+        workload = described.workload(workload)
+        plan_ = make_plan(
+            described.model,
             cluster,
-            inputs=opened.inputs,
-            phases=opened.phases(workload),
+            inputs=described.inputs,
+            phases=described.phases(workload),
             workload=workload,
             rules=rules,
             mesh=spec,
-            units=dict(opened.config.axis_units()),
+            units=dict(described.config.axis_units()),
+            shallow=described.shallow(workload),
         )
+        approximation = known_models.find(str(model))
+        if approximation is not None and "approximation" in approximation:
+            return replace(plan_, notes=(*plan_.notes, f"approximation: {approximation['approximation']}"))
+        return plan_
     function = model_function(model, params)
     if example is not None and inputs is None:
         inputs = Signature.from_example(example).inputs
     return make_plan(function, cluster, inputs=inputs, workload=workload, rules=rules, mesh=spec)
 
 
-def _cluster(devices: str | int | Cluster | None, hosts: int) -> Cluster:
+def describe(model: str | Path, dtype: Any, cluster: Cluster) -> DescribedModel:
+    """The model that a name, a ``config.json`` or a checkpoint stands for.
+
+    Raises:
+        CheckpointError: there is no such file, and no well-known model of that name.
+        ModelError: no family answers to it.
+    """
+    known = known_models.find(str(model))
+    if known is not None and not Path(model).exists():
+        return describe_model(known, dtype)
+    if Path(model).name == "config.json" and Path(model).is_file():
+        try:
+            return describe_model(json.loads(Path(model).read_text("utf-8")), dtype)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{model} is not a model's configuration: {error}") from error
+    return open_model(model, dtype, platform="cpu" if cluster.device.shared else cluster.device.name)
+
+
+def _cluster(devices: str | int | Cluster | None, hosts: int | None) -> Cluster:
     if isinstance(devices, Cluster):
         return devices
     if devices is None:

@@ -114,9 +114,12 @@ def cost_of(
     messages: list[_Message] = []
     for product in work.products:
         found = list(_of_product(product, splits))
-        gathered += sum(message.nbytes * message.times for message in found if message.weight)
+        # Simulated devices gather all layers' weights early; accelerators one layer ahead of the one at work.
+        alive = product.times if device.shared else min(2, product.times)
+        gathered += sum(message.nbytes * alive for message in found if message.weight)
         messages += found
-        rate = device.peak(product.right.dtype) * device.matmul_efficiency / share
+        rate = device.peak(product.left.dtype if product.right.weight else product.right.dtype)
+        rate *= device.matmul_efficiency / share
         compute += product.times * product.flops / splits.parts(_working_axes(product, splits)) / rate
         read = (product.left,) if product.lookup else (product.left, product.right)
         moved += product.times * sum(splits.device_bytes(value) for value in (*read, product.out))
@@ -137,7 +140,6 @@ def cost_of(
     memory = Memory(
         weights=weights,
         cache=sum(splits.device_bytes(value) for value in caches),
-        # XLA brings split weights together early: all of them may be alive at once.
         activations=_peak(work, splits) + gathered,
         inputs=sum(splits.device_bytes(value) for value in arrays),
     )

@@ -14,7 +14,7 @@ from spmd_infer.mesh import MeshSpec, auto_mesh, spec_of
 from spmd_infer.models.phases import Phase
 from spmd_infer.planning.hardware import found_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import make_plan
+from spmd_infer.planning.search import Shallow, make_plan
 from spmd_infer.planning.workload import Workload
 
 MeshLike = str | MeshSpec | MeshPlan | Mesh
@@ -30,6 +30,7 @@ def resolve_mesh(
     *,
     phases: Sequence[Phase] = (),
     units: Mapping[str, int] | None = None,
+    shallow: Shallow | None = None,
 ) -> tuple[MeshPlan, Mesh]:
     """Plan for the devices that the caller means.
 
@@ -41,6 +42,7 @@ def resolve_mesh(
         rules: where logical axes go; default those of a given plan, else what ``make_plan`` chooses among.
         phases: the kinds of steps of a model that takes several.
         units: indivisible units of the model's axes.
+        shallow: the same model with few layers, to trace instead of one with many.
 
     Returns:
         The plan, and the mesh that it names.
@@ -55,7 +57,7 @@ def resolve_mesh(
         rules = rules or mesh.rules
         mesh = mesh.mesh
     options: dict[str, Any] = {"inputs": inputs, "workload": workload, "rules": rules}
-    options |= {"phases": phases, "units": dict(units or {})}
+    options |= {"phases": phases, "units": dict(units or {}), "shallow": shallow}
     if isinstance(mesh, str) and mesh == "auto":
         plan = make_plan(model, found_cluster(jax.devices()), **options)
         return plan, plan.build()

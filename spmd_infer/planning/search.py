@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,7 +17,7 @@ from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout, weight_layouts
 from spmd_infer.planning.layouts import KV_OVER_BATCH, ONE_D, TWO_D, WEIGHT_GATHERED
 from spmd_infer.planning.mesh_plan import Candidate, Memory, MeshPlan, PhaseEstimate, StepTime
-from spmd_infer.planning.work import Work, read_work
+from spmd_infer.planning.work import Work, deeper, read_work
 from spmd_infer.planning.workload import Workload
 
 RESERVE = 0.1
@@ -45,6 +45,7 @@ def make_plan(
     rules: AxisRules | None = None,
     mesh: MeshSpec | None = None,
     units: dict[str, int] | None = None,
+    shallow: Shallow | None = None,
 ) -> MeshPlan:
     """Choose a mesh and a layout, or judge the given ones.
 
@@ -58,6 +59,7 @@ def make_plan(
             collectives cost more than they save, and otherwise every known layout.
         mesh: the caller's choice; the others are still estimated for comparison.
         units: indivisible units of the model's axes.
+        shallow: the same model with few layers, to trace instead of one with many.
 
     Raises:
         DoesNotFitError: no mesh of these devices (or not the given one) has enough memory.
@@ -69,7 +71,8 @@ def make_plan(
         phases = (Phase("infer", None, inputs),)
     searched = SEARCHED if mesh is None and not cluster.device.shared else (ONE_D,)
     layouts = (rules,) if rules is not None else searched
-    planner = _Planner(model, cluster, phases, workload, tuple(each.with_units(units or {}) for each in layouts))
+    with_units = tuple(each.with_units(units or {}) for each in layouts)
+    planner = _Planner(model, cluster, phases, workload, with_units, shallow)
     if mesh is not None:
         for each in planner.layouts:  # a collision on the caller's own mesh is the caller's to hear about
             weight_layouts(model, each, mesh.shape)
@@ -113,11 +116,33 @@ def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload) -> lis
     return meshes if given is None or given in meshes else [*meshes, given]
 
 
+@dataclass(frozen=True)
+class Shallow:
+    """A model of many equal layers, with two and with three of them.
+
+    Attributes:
+        num_layers: how many the whole model has.
+        two: the model with two layers, and the inputs of each phase by name.
+        three: likewise with three.
+    """
+
+    num_layers: int
+    two: tuple[ModelFunction, Mapping[str, Any]]
+    three: tuple[ModelFunction, Mapping[str, Any]]
+
+
 class _Planner:
     def __init__(
-        self, model: ModelFunction, cluster: Cluster, phases: Sequence[Phase], workload: Workload, layouts: Rules
+        self,
+        model: ModelFunction,
+        cluster: Cluster,
+        phases: Sequence[Phase],
+        workload: Workload,
+        layouts: Rules,
+        shallow: Shallow | None,
     ) -> None:
         self.layouts = layouts
+        self._shallow = shallow
         self._model, self._cluster, self._phases, self._workload = model, cluster, phases, workload
         self._works: dict[tuple[str, int], Work | None] = {}
         self._weights: dict[tuple[MeshSpec, int], list[WeightLayout]] = {}
@@ -225,9 +250,8 @@ class _Planner:
     def _work(self, phase: Phase, rows: int) -> Work | None:
         key = (phase.name, rows)
         if key not in self._works and not self.untraced:
-            model = self._model if phase.call is None else replace(self._model, call=phase.call)
             try:
-                self._works[key] = read_work(model, *self._workload.batch(phase.inputs, rows))
+                self._works[key] = self._read(phase, rows)
             except Exception as error:  # the model's own code may refuse sizes that only its caller knows
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 self.untraced = (
@@ -235,6 +259,18 @@ class _Planner:
                     f"{self._workload.describe(phase.inputs)}: {reason}"
                 )
         return self._works.get(key)
+
+    def _read(self, phase: Phase, rows: int) -> Work:
+        def work(model: ModelFunction, inputs: Any) -> Work:
+            called = model if phase.call is None else replace(model, call=phase.call)
+            return read_work(called, *self._workload.batch(inputs, rows))
+
+        if self._shallow is None:
+            return work(self._model, phase.inputs)
+        (two, inputs_two), (three, inputs_three) = self._shallow.two, self._shallow.three
+        return deeper(
+            work(two, inputs_two[phase.name]), work(three, inputs_three[phase.name]), self._shallow.num_layers
+        )
 
     def _caches(self, phase: Phase, rows: int) -> list[Any]:
         work = self._work(phase, rows)

@@ -13,6 +13,8 @@ from math import prod
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from spmd_infer.axes import BATCH, marked_axes, recorded_constraints
@@ -144,6 +146,11 @@ def weight_label(path: str, dimension: int) -> str:
     return f"{path}#{dimension}"
 
 
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype that a model with weights of this dtype computes in: bfloat16 for weights of one byte."""
+    return np.dtype(jnp.bfloat16) if jnp.dtype(dtype).itemsize == 1 else dtype
+
+
 def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) -> Work:
     """Trace a model on abstract inputs and list its work.
 
@@ -152,7 +159,7 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
         batch: a pytree of ``jax.ShapeDtypeStruct``.
         batch_axes: the logical axes of each of its leaves.
     """
-    abstract = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
+    abstract = {path: jax.ShapeDtypeStruct(p.shape, compute_dtype(p.dtype)) for path, p in model.params.items()}
     with recorded_constraints():
         closed = jax.make_jaxpr(model)(abstract, batch)
     paths = sorted(abstract)  # the order in which JAX flattens a dict
@@ -161,14 +168,48 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
     ]
     labels += list(batch_axes)
     reader = _Reader()
+    dtypes = [model.params[path].dtype for path in paths]
+    dtypes += [var.aval.dtype for var in closed.jaxpr.invars[len(paths) :]]
     values = [
-        Value(tuple(var.aval.shape), var.aval.dtype, tuple(names), weight=position < len(paths))
-        for position, (var, names) in enumerate(zip(closed.jaxpr.invars, labels, strict=True))
+        Value(tuple(var.aval.shape), dtype, tuple(names), weight=position < len(paths))
+        for position, (var, dtype, names) in enumerate(zip(closed.jaxpr.invars, dtypes, labels, strict=True))
     ]
     outputs = reader.run(closed, values, times=1)
     reader.work.inputs = values[len(paths) :]
     reader.close(values, outputs)
     return reader.work
+
+
+def deeper(two: Work, three: Work, num_layers: int) -> Work:
+    """The work of a model of many equal layers, from that of the same model with two and with three of them.
+
+    What a third layer adds, every further one adds too. Intermediate results live within a layer, so their peak is that
+    of the shallow model.
+    """
+
+    def lists(name: str) -> list[Any]:
+        before, after = _counted(getattr(two, name)), _counted(getattr(three, name))
+        counts = {item: before.get(item, 0) + (after[item] - before.get(item, 0)) * (num_layers - 2) for item in after}
+        if name in ("inputs", "outputs"):
+            return [item for item, count in counts.items() for _ in range(count)]
+        return [replace(item, times=count) for item, count in counts.items()]
+
+    return Work(
+        products=lists("products"),
+        reductions=lists("reductions"),
+        relabels=lists("relabels"),
+        lives=two.lives,
+        inputs=lists("inputs"),
+        outputs=lists("outputs"),
+    )
+
+
+def _counted(items: Sequence[Any]) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for item in items:
+        once = item if isinstance(item, Value) else replace(item, times=1)
+        counts[once] = counts.get(once, 0) + getattr(item, "times", 1)
+    return counts
 
 
 class _Reader:
@@ -230,7 +271,7 @@ class _Reader:
         results = []
         for shape, dtype in outs:
             weight = name in _SAME_VALUES and bool(operands) and operands[0].weight
-            value = Value(shape, dtype, _labels(name, params, operands, shape), weight)
+            value = Value(shape, operands[0].dtype if weight else dtype, _labels(name, params, operands, shape), weight)
             self._note(name, params, operands, value, times)
             results.append(self._view(operands, value) if name in _ALIASES else self._birth(value))
         return results
