@@ -25,8 +25,9 @@ default.
 
 Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong command line or configuration; 3 the
 checkpoint or model cannot be used; 4 the input is refused, or a file cannot be
-read or written; 5 no mesh or plan works, or the model does not fit; 6 doctor or
-verify found a problem, or diff a difference; 130 interrupted.
+read or written; 5 no mesh or plan works, the model does not fit, or plan --verify
+found a difference; 6 doctor or verify found a problem, or diff a difference; 130
+interrupted.
 """
 
 UNUSABLE_MODEL, REFUSED_INPUT, NO_LAYOUT = 3, 4, 5

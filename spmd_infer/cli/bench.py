@@ -23,7 +23,14 @@ class What(StrEnum):
 
 
 def bench(
-    what: Annotated[What, typer.Argument(help="Arithmetic and memory, or communication.", show_default=False)],
+    what: Annotated[
+        What,
+        typer.Argument(
+            help="device: arithmetic and memory; collectives: communication.",
+            metavar="device|collectives",
+            show_default=False,
+        ),
+    ],
     devices: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Simulate only this many devices on the CPU.", show_default=False),

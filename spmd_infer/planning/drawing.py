@@ -157,7 +157,8 @@ def weight_picture(group: WeightGroup, mesh: MeshSpec) -> str:
             text = device_names(devices).split(" ")[-1] if devices else ""
             if high >= 13 and len(text) * 7 + 4 <= wide:
                 middle = f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}"'
-                boxes.append(f'<text class="o" {middle} text-anchor="middle">{text}</text>')
+                kind = "o" if down * across > 1 else "w"
+                boxes.append(f'<text class="{kind}" {middle} text-anchor="middle">{text}</text>')
     return _svg(width, height + 4, "".join(boxes), f"{group.pattern}: {group.words()}")
 
 

@@ -40,7 +40,7 @@ code { font: .86rem ui-monospace, monospace; }
   gap: .9rem; } .weights figure { margin: 0; padding: .7rem; background: var(--box); border: 1px solid var(--line);
   border-radius: 6px; } figcaption { font-size: .82rem; color: var(--soft); overflow-wrap: anywhere; }
 svg { display: block; max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
-svg text.s { fill: var(--soft); } svg text.o { fill: var(--on); }
+svg text.s { fill: var(--soft); } svg text.o { fill: var(--on); } svg text.w { fill: var(--ink); }
 .p0 { fill: var(--c0); } .p1 { fill: var(--c1); } .p2 { fill: var(--c2); } .p3 { fill: var(--c3); }
 .p4 { fill: var(--c4); } .p5 { fill: var(--c5); } .b { fill: var(--box); stroke: var(--line); }
 .e { stroke: var(--paper); stroke-width: 1; } .k { fill: none; stroke: var(--soft); stroke-width: 2; }
@@ -97,11 +97,13 @@ def _mesh(plan: MeshPlan) -> Iterator[str]:
     yield "<h2>The mesh over hosts and links</h2>"
     yield f'<div class="wide">{mesh_picture(plan.mesh.shape, cluster.per_host, cluster.domain)}</div>'
     links = f"{gigabytes(device.link)}/s and direction"
-    beyond = f"; between hosts {gigabytes(device.network)}/s a device" if plan.mesh.size > cluster.domain else ""
+    joined = "link domain (the bracket above the hosts)" if cluster.domain > cluster.per_host else "host"
+    network = f"{gigabytes(device.network)}/s a device"
+    beyond = f"; between {joined.split(' (')[0]}s {network}" if plan.mesh.size > cluster.domain else ""
     yield (
-        "<p>A square is a device, a frame a host; devices of one colour and letter hold the same part along "
-        f"the mesh's last axis. Devices of {'a link domain' if cluster.domain > cluster.per_host else 'a host'} are "
-        f"joined by links of {links}{beyond}.</p>"
+        "<p>A square is a device, a frame a host; devices of one letter hold the same part along the mesh's last axis "
+        "(colours repeat after four, and pointing at a square names its place). Devices of one "
+        f"{joined} are joined by links of {links}{beyond}.</p>"
     )
     rows = []
     reach = 1

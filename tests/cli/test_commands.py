@@ -13,7 +13,7 @@ import pytest
 from spmd_infer import __version__
 
 COMMAND = [str(Path(sys.executable).parent / "spmd-infer")]
-VERBS = ("infer", "generate", "embed", "classify", "plan", "doctor")
+VERBS = ("infer", "generate", "embed", "classify", "plan", "bench", "doctor")
 
 
 def run(
@@ -52,7 +52,7 @@ def test_every_verb_explains_itself_and_offers_json(verb: str) -> None:
     answer = run(verb, "--help")
     assert answer.returncode == 0
     assert "--json" in answer.stdout
-    if verb != "doctor":
+    if verb not in ("bench", "doctor"):
         for option in ("--mesh", "--devices", "--dtype"):
             assert option in answer.stdout
 
