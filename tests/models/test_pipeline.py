@@ -27,6 +27,7 @@ from spmd_infer.models.llama import Config, Llama
 from spmd_infer.models.pipeline import Stages, bubble_share, microbatch_count
 from spmd_infer.pipeline import pipelined
 from spmd_infer.planning.audit import Collective, collectives
+from spmd_infer.planning.layouts import find_layout
 from tests.references.llama_variants import token_ids, write_checkpoint
 
 # float32 sums in another order, relative to the largest value.
@@ -89,6 +90,19 @@ def test_bert_with_padding_and_uneven_batches(mesh_name: str) -> None:
     assert relative_error(found, expected) <= TOLERANCE
     over_stages = {each.kind for each in audited(engine) if "stage" in each.axes(engine.mesh)}
     assert over_stages == {"collective-permute"}
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "layout"), [("stage=2,seq=2", "ring"), ("stage=2,data=2,model=2", "2d"), ("stage=2,seq=2", "1d")]
+)
+def test_with_other_layouts_inside_a_stage(mesh_name: str, layout: str) -> None:
+    folder, expected = checkpoint()
+    engine = Engine.load(folder.name, mesh=mesh_name, rules=find_layout(layout), buckets=[ROWS])
+    assert relative_error(engine.infer({"input_ids": token_ids(ROWS, LENGTH)}), expected) <= TOLERANCE
+    kinds = {(each.kind, each.axes(engine.mesh)) for each in audited(engine)}
+    assert {kind for kind, axes in kinds if "stage" in axes} == {"collective-permute"}
+    inside = {"ring": ("collective-permute", ("seq",)), "2d": ("all-reduce", ("data",)), "1d": ("all-gather", ("seq",))}
+    assert inside[layout] in kinds
 
 
 def test_weights_lie_on_their_stage_only() -> None:
