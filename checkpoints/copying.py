@@ -19,7 +19,7 @@ import numpy.typing as npt
 from spmd_infer.checkpoints import quantise
 from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
 from spmd_infer.checkpoints.derived import piecewise, takes_whole
-from spmd_infer.checkpoints.file_bytes import aligned_empty, reused_memory
+from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.errors import CheckpointError
 
@@ -126,7 +126,7 @@ def copy_tensors(reader: Reader, sink: Sink, advance: Advance) -> None:
         else:
             todo.append(info)
     largest = max((_bytes(info) for info in todo), default=0)
-    with reused_memory(), ThreadPoolExecutor(1, thread_name_prefix="checkpoint-read") as ahead:
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-read") as ahead:
         upcoming = None
         for position, info in enumerate(todo):
             tensor = upcoming.result() if upcoming is not None else _whole(reader, info)

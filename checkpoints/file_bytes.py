@@ -10,10 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +22,14 @@ from spmd_infer.errors import CheckpointError
 
 _ALIGNMENT = 64  # what XLA asks of host memory that it takes over without a copy
 _WORTH_SKIPPING = 4096  # bytes between two runs from which a second read is cheaper than reading through
-_WORTH_KEEPING = 1 << 20  # bytes from which memory is worth reusing
-_MOST_KEPT = 256 << 20  # bytes that are kept for reuse
 _CHUNK = 4 << 20  # bytes of scratch memory for runs that are read through
 
 
-class _Reuse:
-    """Memory of arrays that nobody refers to any more, kept for the next ones of about that size.
-
-    The kernel clears every page that it hands out, which costs as much as reading a file from its cache. Only while
-    tensors are streamed (``reused_memory``) is memory kept, and never more than ``_MOST_KEPT``.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # an array may die, and come back here, while the lock is held
-        self._free: list[npt.NDArray[np.uint8]] = []
-        self.users = 0
-
-    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Memory of at least that size; it comes back when the array that is returned dies."""
-        with self._lock:
-            fitting = [raw for raw in self._free if nbytes <= raw.size <= nbytes + nbytes // 4]
-            if fitting:
-                raw = min(fitting, key=lambda each: each.size)
-                self._free = [each for each in self._free if each is not raw]
-            else:
-                raw = np.empty(nbytes, np.uint8)
-        lent = np.frombuffer(raw.data, np.uint8)
-        weakref.finalize(lent, self._back, raw)
-        return lent
-
-    def _back(self, raw: npt.NDArray[np.uint8]) -> None:
-        with self._lock:
-            if not self.users:
-                return
-            self._free.append(raw)
-            while sum(each.size for each in self._free) > _MOST_KEPT:
-                self._free.pop(0)
-
-    def change_users(self, by: int) -> None:
-        """Count those who stream; without any, nothing is kept."""
-        with self._lock:
-            self.users += by
-            if not self.users:
-                self._free.clear()
-
-
-_reuse = _Reuse()
-
-
-@contextmanager
-def reused_memory() -> Iterator[None]:
-    """While in the block, large arrays of ``aligned_empty`` reuse memory that is no longer referred to."""
-    _reuse.change_users(1)
-    try:
-        yield
-    finally:
-        _reuse.change_users(-1)
-
-
 def aligned_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Memory that nothing else refers to, aligned so that a device on the host can take it over without a copy."""
+    """Fresh memory for an array, aligned so that a device on the host can take it over without a copy."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
-    if _reuse.users and nbytes >= _WORTH_KEEPING:
-        memory = _reuse.take(nbytes + _ALIGNMENT)
-    else:
-        memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + nbytes].view(dtype).reshape(tuple(shape))
 

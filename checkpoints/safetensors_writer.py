@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ SHARD_BYTES = 5_000_000_000
 
 JOURNAL_NAME = "journal.jsonl"
 _PIECE_BYTES = 16 << 20
+_CHECKERS = 4
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Array = npt.NDArray[Any]
 
@@ -69,13 +71,13 @@ class SafetensorsSink:
         descriptor = os.open(self._work / shard.name, os.O_WRONLY | os.O_CLOEXEC)
         try:
             offset = len(shard.header) + shard.starts[info.name]
-            for piece in _pieces(info):
-                raw = np.ascontiguousarray(values(piece)).reshape(-1).view(np.uint8).data
-                digest.update(raw)
-                done = 0
-                while done < len(raw):
-                    done += os.pwrite(descriptor, raw[done:], offset + done)
-                offset += len(raw)
+            with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write") as writing:
+                for piece in _pieces(info):
+                    raw = np.ascontiguousarray(values(piece)).reshape(-1).view(np.uint8).data
+                    written = writing.submit(_write, descriptor, raw, offset)
+                    digest.update(raw)
+                    written.result()
+                    offset += len(raw)
         finally:
             os.close(descriptor)
         self.digests[info.name] = digest.hexdigest()
@@ -133,16 +135,28 @@ def store_hugging_face(
 
 def _check(work: Path, digests: Mapping[str, str], advance: Advance, target: Path) -> None:
     written = SafetensorsReader(work)
-    for info in written.tensors.values():
+
+    def digest_of(info: TensorInfo) -> str:
         digest = hashlib.sha256()
         for piece in _pieces(info):
             values = written.read(info.name, tuple(slice(*bounds) for bounds in piece))
             digest.update(values.reshape(-1).view(np.uint8).data)
-        advance(info.nbytes)
-        if digest.hexdigest() != digests.get(info.name):
-            raise CheckpointError(
-                f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
-            )
+        return digest.hexdigest()
+
+    infos = list(written.tensors.values())
+    with ThreadPoolExecutor(_CHECKERS, thread_name_prefix="checkpoint-check") as pool:
+        for info, found in zip(infos, pool.map(digest_of, infos), strict=True):
+            advance(info.nbytes)
+            if found != digests.get(info.name):
+                raise CheckpointError(
+                    f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
+                )
+
+
+def _write(descriptor: int, raw: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(descriptor, raw[done:], offset + done)
 
 
 def _pieces(info: TensorInfo) -> list[Box]:

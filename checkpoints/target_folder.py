@@ -43,7 +43,7 @@ def new_folder(target: Path, what: str, *, overwrite: bool = False, resumable: b
             before is then as it was.
     """
     target = target.absolute()
-    with locked(target, what), described(target, what):
+    with locked(target, what), described(target, what, work_folder(target) if resumable else None):
         _restore(target)
         if os.path.lexists(target) and not overwrite:
             raise CheckpointError(f"{target}: exists; choose another name, delete it, or allow it to be overwritten")
@@ -72,8 +72,14 @@ def replace(work: Path, target: Path) -> None:
 
 
 @contextmanager
-def described(target: Path, what: str) -> Iterator[None]:
-    """Turn the operating system's errors while writing into ``CheckpointError``."""
+def described(target: Path, what: str, kept: Path | None = None) -> Iterator[None]:
+    """Turn the operating system's errors while writing into ``CheckpointError``.
+
+    Args:
+        target: what is being made.
+        what: what is being done.
+        kept: where the work done so far is kept, so that the user may go on or throw it away.
+    """
     try:
         yield
     except OSError as error:
@@ -81,7 +87,10 @@ def described(target: Path, what: str) -> Iterator[None]:
         with suppress(OSError):
             free = f"; {shutil.disk_usage(target.parent).free} bytes are free there"
         place = error.filename or target
-        raise CheckpointError(f"{target}: {what} failed: {place}: {error.strerror or error}{free}") from error
+        rest = (
+            f"; what was done is kept in {kept}: the same command goes on from there" if kept and kept.exists() else ""
+        )
+        raise CheckpointError(f"{target}: {what} failed: {place}: {error.strerror or error}{free}{rest}") from error
 
 
 @contextmanager

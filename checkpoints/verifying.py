@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
-from spmd_infer.checkpoints.file_bytes import reused_memory
 from spmd_infer.checkpoints.native_reader import NativeReader
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.errors import CheckpointError
@@ -64,8 +63,7 @@ def verify(
     if isinstance(reader, NativeReader):
         problems = verify_native(reader, advance=advance)
         damaged = {problem.tensor for problem in problems}
-    with reused_memory():
-        problems.extend(_tensor_problems(reader, damaged, dtype, advance))
+    problems.extend(_tensor_problems(reader, damaged, dtype, advance))
     return problems
 
 
@@ -96,7 +94,7 @@ def verify_native(reader: NativeReader, *, advance: Callable[[int], None] = lamb
         key=lambda item: (item[1].file, item[1].offset),
     )
     problems = []
-    with reused_memory(), ThreadPoolExecutor(max(1, min(_MOST_WORKERS, os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(max(1, min(_MOST_WORKERS, os.cpu_count() or 1))) as pool:
         for nbytes, problem in pool.map(check, chunks):
             advance(nbytes)
             if problem is not None:
