@@ -198,8 +198,9 @@ def _of_product(product: Product, splits: _Splits) -> Iterator[_Message]:
     """The communication that a product needs.
 
     A summed dimension that is split leaves partial sums: an all-reduce of the result. A mesh axis that already splits
-    the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other. An
-    operand that is split where the other one is whole is gathered.
+    the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other; keys and
+    values that are split like the queries go around a ring instead. An operand that is split where the other one is
+    whole is gathered. A convolution over a split dimension fetches the rows that its window needs from its neighbours.
     """
     left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
     reduced: list[str] = []
@@ -211,14 +212,21 @@ def _of_product(product: Product, splits: _Splits) -> Iterator[_Message]:
         gathered += [axis for axis in right[b] if axis in rows]
         reduced += [axis for axis in right[b] if axis not in rows]
         fetched += [axis for axis in ours if axis not in right[b] and not product.lookup]
-    if product.right.weight:
-        summed_right = {b for _, b in product.summed_dimensions}
-        others = [axes for position, axes in enumerate(right) if position not in summed_right]
-        gathered += [axis for axes in others for axis in axes if axis in rows]
+    paired = {b for _, b in product.summed_dimensions} | set(product.batch_right)
+    shared = rows & {axis for position, axes in enumerate(right) if position not in paired for axis in axes}
     size = splits.device_bytes(product.right)
-    for axis in dict.fromkeys(gathered):
-        size *= splits.parts([axis])
-        yield _Message("all-gather", (axis,), size, product.times, weight=product.right.weight)
+    for axis in dict.fromkeys([*gathered, *sorted(shared)]):
+        if product.right.weight or product.lookup:
+            size *= splits.parts([axis])
+            yield _Message("all-gather", (axis,), size, product.times, weight=product.right.weight)
+        else:
+            yield _Message("collective-permute", (axis,), size, product.times * (splits.parts([axis]) - 1))
+    for dimension, before, after in product.halos:
+        for axis in left[dimension]:
+            row = splits.device_bytes(product.left) * splits.parts(left[dimension]) // product.left.shape[dimension]
+            for reach in (before, after):
+                if reach:
+                    yield _Message("collective-permute", (axis,), row * reach, product.times)
     size = splits.device_bytes(product.left)
     for axis in dict.fromkeys(fetched):
         size *= splits.parts([axis])

@@ -66,6 +66,8 @@ class Product:
             the table's rows, which the index has no dimension for.
         times: how often it runs in one step.
         lookup: whether it reads only some rows of its right operand.
+        batch_right: dimensions of the right operand that are the same dimension as one of the left.
+        halos: ``(left dimension, rows before, rows after)`` that a convolution's window reaches beyond each place.
     """
 
     flops: float
@@ -75,6 +77,8 @@ class Product:
     summed_dimensions: tuple[tuple[int | None, int], ...]
     times: int = 1
     lookup: bool = False
+    batch_right: tuple[int, ...] = ()
+    halos: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def summed_left(self) -> set[int | None]:
@@ -354,7 +358,8 @@ def _dot(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...
     out = Value(shape, dtype, labels)
     if left.weight and not right.weight:  # the weight is always the right operand
         left, right, pairs = right, left, tuple((b, a) for a, b in pairs)
-    return Product(flops, left, right, out, pairs, times)
+        right_batch = left_batch
+    return Product(flops, left, right, out, pairs, times, batch_right=tuple(right_batch))
 
 
 def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...], dtype: Any, times: int) -> Product:
@@ -365,7 +370,17 @@ def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ..
         labels[target] = left.labels[source] if position != 1 else right.labels[numbers.rhs_spec[0]]
     taps = prod(right.shape[d] for d in numbers.rhs_spec[1:])
     pairs = ((numbers.lhs_spec[1], numbers.rhs_spec[1]),) if groups == 1 else ()
-    return Product(2.0 * prod(shape) * taps, left, right, Value(shape, dtype, tuple(labels)), pairs, times)
+    halos = []
+    for dimension, window, stride, (before, _) in zip(
+        numbers.lhs_spec[2:],
+        (right.shape[d] for d in numbers.rhs_spec[2:]),
+        params["window_strides"],
+        params["padding"],
+        strict=True,
+    ):
+        halos.append((dimension, before, max(0, window - stride - before)))
+    out = Value(shape, dtype, tuple(labels))
+    return Product(2.0 * prod(shape) * taps, left, right, out, pairs, times, halos=tuple(halos))
 
 
 def _gather(
