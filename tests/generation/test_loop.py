@@ -21,6 +21,7 @@ from spmd_infer.generation.groups import Request, check_requests, make_groups
 from spmd_infer.generation.loop import DecodeLoop
 from spmd_infer.generation.sampling import SamplingParams
 from spmd_infer.generation.scoring import Scorer
+from spmd_infer.generation.thresholds import CANDIDATES
 from spmd_infer.planning.audit import collectives, summary
 from tests.references.llama_variants import BASE, token_ids, write_checkpoint
 
@@ -135,10 +136,11 @@ def test_collectives_of_a_decode_step(mesh_text: str) -> None:
     assert counted == {
         # attention and feed-forward of each layer, and the lookup
         ("all-reduce", rows * BASE["hidden_size"] * 4): 2 * layers + 1,
-        # greedy: the largest logit of each row, and its place
-        ("all-reduce", rows * 4): 2,
-        # sampling, only when a row asks for it: the logits come together
-        ("all-gather", rows * BASE["vocab_size"] * 4): 1,
+        # a number a row: the largest logit and its place, both greedy and sampled (4); only for top-k and top-p the sum
+        # of the weights (1), and where the candidates do not settle it the passes (two loops and a sum)
+        ("all-reduce", rows * 4): 8,
+        # only for top-k and top-p: the candidates, which here are all of the small vocabulary
+        ("all-gather", rows * min(CANDIDATES * parts["model"], BASE["vocab_size"]) * 4): 1,
     }
 
 
