@@ -32,8 +32,8 @@ from spmd_infer.planning.cost import Traffic, cost_of
 from spmd_infer.planning.hardware import found_cluster
 from spmd_infer.planning.layout import weight_layouts
 from spmd_infer.planning.layouts import LAYOUTS
+from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.verify import TrafficLine, compare
-from spmd_infer.planning.work import read_work
 from spmd_infer.planning.workload import Workload
 
 ROWS, LENGTH = 8, 64

@@ -46,7 +46,7 @@ from spmd_infer.planning.parallel_costs import (
     message_time,
     pipeline_cost,
 )
-from spmd_infer.planning.work import read_work
+from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.workload import Workload
 
 ROUNDS = 15

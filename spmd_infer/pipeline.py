@@ -25,8 +25,8 @@ from spmd_infer.models.phases import Phase
 from spmd_infer.models.pipeline import Stages, bubble_share, microbatch_count
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.mesh_plan import MeshPlan
+from spmd_infer.planning.planner import Shallow
 from spmd_infer.planning.resolve import MeshLike, resolve_mesh
-from spmd_infer.planning.search import Shallow
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import Axes
 

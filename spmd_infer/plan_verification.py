@@ -15,9 +15,9 @@ from typing import Any
 from spmd_infer.axes import SEQ, AxisRules
 from spmd_infer.errors import PlanError, SpmdInferError
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.planning.estimates import gigabytes
 from spmd_infer.planning.explain import mesh_words
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import gigabytes
 from spmd_infer.planning.verify import MEMORY_TOLERANCE, PhaseReport
 
 MOST_DEVICES = 512

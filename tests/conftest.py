@@ -14,6 +14,9 @@ if _platform == "cpu":
     _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
     os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={SIMULATED_DEVICES}"])
 
+# A developer's own hardware table must not change what plans come to.
+os.environ["SPMD_INFER_HARDWARE"] = os.devnull
+
 import pytest
 
 from spmd_infer import demo

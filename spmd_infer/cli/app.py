@@ -12,6 +12,7 @@ import typer
 from spmd_infer import __version__
 from spmd_infer.cli import bench, convert, doctor, generate, images, infer, inspect, plan, reshard, sentences, verify
 from spmd_infer.cli.configuration import read_configuration
+from spmd_infer.cli.exit_codes import NO_LAYOUT, REFUSED_INPUT, UNUSABLE_MODEL
 from spmd_infer.cli.options import DEBUG_VARIABLE
 from spmd_infer.errors import AxisError, BatchError, MeshError, PlanError, SpmdInferError, TaskError
 
@@ -29,8 +30,6 @@ read or written; 5 no mesh or plan works, the model does not fit, or plan --veri
 found a difference; 6 doctor or verify found a problem, or diff a difference; 130
 interrupted.
 """
-
-UNUSABLE_MODEL, REFUSED_INPUT, NO_LAYOUT = 3, 4, 5
 
 app = typer.Typer(
     name="spmd-infer", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from spmd_infer.cli.exit_codes import NO_LAYOUT
 from spmd_infer.cli.options import Debug, Dtype, Json, Mesh, note, print_json
 
 
@@ -115,6 +116,4 @@ def plan(
             typer.echo("")
             typer.echo(found.explain())
     if found is not None and not found.agrees:
-        from spmd_infer.cli.app import NO_LAYOUT
-
         raise typer.Exit(NO_LAYOUT)

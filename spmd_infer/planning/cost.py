@@ -13,9 +13,9 @@ from math import prod
 
 from spmd_infer.axes import ATTN_KV_HEADS, AxisRules, axis_tuple
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.planning.estimates import Memory, StepTime
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
-from spmd_infer.planning.mesh_plan import Memory, StepTime
 from spmd_infer.planning.work import Product, Reduction, Relabel, Value, Work, weight_label
 
 
@@ -215,6 +215,8 @@ def _of_product(product: Product, splits: _Splits) -> Iterator[_Message]:
     paired = {b for _, b in product.summed_dimensions} | set(product.batch_right)
     shared = rows & {axis for position, axes in enumerate(right) if position not in paired for axis in axes}
     size = splits.device_bytes(product.right)
+    if product.lookup and not product.right.weight:
+        shared = set()  # each row looks up its own
     for axis in dict.fromkeys([*gathered, *sorted(shared)]):
         if product.right.weight or product.lookup:
             size *= splits.parts([axis])

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from spmd_infer.planning.mesh_plan import Candidate, Memory, MeshPlan, StepTime
-from spmd_infer.planning.search import RESERVE, gigabytes
+from spmd_infer.planning.estimates import RESERVE, Candidate, Memory, StepTime, gigabytes
+from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.weight_groups import WeightGroup, holders, pieces, weight_groups
 
 SHOWN_CANDIDATES = 14

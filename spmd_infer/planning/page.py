@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from spmd_infer.planning.drawing import Part, legend, mesh_picture, shares, weight_picture
+from spmd_infer.planning.estimates import Candidate, StepTime, gigabytes
 from spmd_infer.planning.explain import memory_parts, mesh_words, milliseconds, plannable_bytes, too_large
-from spmd_infer.planning.mesh_plan import Candidate, MeshPlan, StepTime
-from spmd_infer.planning.search import gigabytes
+from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.weight_groups import weight_groups
 
 _SHOWN_GROUPS = 9

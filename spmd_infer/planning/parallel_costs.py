@@ -10,8 +10,8 @@ from spmd_infer.axes import BATCH, EXPERTS, LAYERS, MLP, AxisRules
 from spmd_infer.errors import PlanError
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.cost import MeshCost, collective_time
+from spmd_infer.planning.estimates import StepTime
 from spmd_infer.planning.hardware import Cluster
-from spmd_infer.planning.mesh_plan import StepTime
 
 
 @dataclass(frozen=True)

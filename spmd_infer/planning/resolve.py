@@ -14,7 +14,8 @@ from spmd_infer.mesh import MeshSpec, auto_mesh, spec_of
 from spmd_infer.models.phases import Phase
 from spmd_infer.planning.hardware import found_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.search import Shallow, make_plan
+from spmd_infer.planning.planner import Shallow
+from spmd_infer.planning.search import make_plan
 from spmd_infer.planning.workload import Workload
 
 MeshLike = str | MeshSpec | MeshPlan | Mesh

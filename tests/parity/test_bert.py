@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spmd_infer.engine import Engine
-from spmd_infer.planning.search import Workload
+from spmd_infer.planning.workload import Workload
 
 pytestmark = pytest.mark.parity
 

@@ -11,11 +11,11 @@ import spmd_infer as si
 from spmd_infer.axes import AxisRules
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.planning.estimates import gigabytes
 from spmd_infer.planning.explain import device_names, milliseconds
 from spmd_infer.planning.layout import weight_layouts
 from spmd_infer.planning.layouts import TWO_D
 from spmd_infer.planning.page import page
-from spmd_infer.planning.search import gigabytes
 from spmd_infer.planning.weight_groups import holders, pieces, weight_groups
 
 SPACE = {"x": "http://www.w3.org/1999/xhtml", "s": "http://www.w3.org/2000/svg"}

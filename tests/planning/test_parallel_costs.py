@@ -17,9 +17,9 @@ from spmd_infer.models.llama import Config, Llama, input_spec
 from spmd_infer.pipeline import for_stages
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.cost import MeshCost, cost_of
+from spmd_infer.planning.estimates import Memory, StepTime
 from spmd_infer.planning.hardware import Cluster, parse_cluster
 from spmd_infer.planning.layout import weight_layouts
-from spmd_infer.planning.mesh_plan import Memory, StepTime
 from spmd_infer.planning.parallel_costs import (
     ExpertWork,
     PipelineCost,
@@ -28,7 +28,7 @@ from spmd_infer.planning.parallel_costs import (
     message_time,
     pipeline_cost,
 )
-from spmd_infer.planning.work import read_work
+from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.workload import Workload
 
 CONFIG = Config(

@@ -6,7 +6,7 @@ import pytest
 
 import spmd_infer as si
 from spmd_infer.errors import DoesNotFitError
-from spmd_infer.planning.mesh_plan import Candidate, PhaseEstimate
+from spmd_infer.planning.estimates import Candidate, PhaseEstimate
 
 TEN_MS = 1e-2
 

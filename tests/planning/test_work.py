@@ -10,7 +10,7 @@ from flax import nnx
 
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models.llama import Config, Llama
-from spmd_infer.planning.work import read_work
+from spmd_infer.planning.tracing import read_work
 
 LLAMA = Config(
     vocab_size=512, embed_dim=64, mlp_dim=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, context_len=64
