@@ -4,8 +4,8 @@ Keys are cached as ``[B, K, H, S]`` and values as ``[B, K, S, H]``: the two layo
 speed on a CPU, several times faster than any other. Query heads that share a key head are folded into the rows of one
 product, so keys and values are never repeated. Softmax is in float32.
 
-A model talks to its cache through three methods: ``prefill``, ``append`` and ``attend``. A cache that keeps its
-positions elsewhere (in pages) offers the same three.
+A model talks to its cache through one method, ``attend``. A cache that keeps its positions elsewhere (in pages) offers
+the same one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ _MASKED = -1e30
 
 
 class LayerCache(Protocol):
-    """What a decoder layer asks of its cache; updates return a new cache, and XLA reuses the donated buffers."""
+    """What a decoder layer asks of its cache; the update returns a new cache, and XLA reuses the donated buffers."""
 
-    def prefill(self, keys: jax.Array, values: jax.Array) -> Self:
-        """With the keys and values ``[B, T, K, H]`` of whole prompts at positions 0 to T-1."""
-        ...
+    def attend(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, Self]:
+        """Keep new keys and values, and attend over them and all earlier positions of each row.
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> Self:
-        """With one key and value ``[B, K, H]`` more in each row, at ``positions [B]``."""
-        ...
+        Args:
+            queries: ``[B, T, N, H]``.
+            keys: ``[B, T, K, H]``.
+            values: ``[B, T, K, H]``.
+            positions: ``[B, T]``, of each token in its row.
 
-    def attend(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
-        """Attention of ``queries [B, N, H]`` over positions 0 to ``positions [B]``, as ``[B, N, H]``."""
+        Returns:
+            ``[B, T, N, H]`` in the dtype of ``queries``, and the cache with the new positions.
+        """
         ...
 
 
@@ -58,8 +62,17 @@ class ContiguousCache:
     keys: jax.Array
     values: jax.Array
 
-    def prefill(self, keys: jax.Array, values: jax.Array) -> ContiguousCache:
-        """See ``LayerCache``."""
+    def attend(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, ContiguousCache]:
+        """See ``LayerCache``; one token of each row goes to its position, several are the whole row from 0 on."""
+        if queries.shape[1] > 1:
+            return causal_attention(queries, keys, values), self._replaced(keys, values)
+        cache = self._appended(keys[:, 0], values[:, 0], positions[:, 0])
+        return cache._attended(queries[:, 0], positions[:, 0])[:, None], cache
+
+    def _replaced(self, keys: jax.Array, values: jax.Array) -> ContiguousCache:
+        """With the keys and values ``[B, T, K, H]`` of whole rows."""
         keys = keys.transpose(0, 2, 3, 1).astype(self.keys.dtype)  # [B, K, H, T]
         values = values.transpose(0, 2, 1, 3).astype(self.values.dtype)  # [B, K, T, H]
         return ContiguousCache(
@@ -67,8 +80,8 @@ class ContiguousCache:
             jax.lax.dynamic_update_slice(self.values, values, (0, 0, 0, 0)),
         )
 
-    def append(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
-        """See ``LayerCache``."""
+    def _appended(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
+        """With one key and value ``[B, K, H]`` more in each row, at ``positions [B]``."""
         # One scatter with a position for each written number of the keys and each written row of the values. With a
         # position for each row of the batch alone, a batch of one becomes a slice update, which XLA on CPU fuses into
         # both of its readers at the cost of four copies of the whole cache.
@@ -80,8 +93,8 @@ class ContiguousCache:
             jax.vmap(jax.vmap(_put))(self.values, values, by_row),
         )
 
-    def attend(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
-        """See ``LayerCache``."""
+    def _attended(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
+        """Attention of ``queries [B, N, H]`` over positions 0 to ``positions [B]``, as ``[B, N, H]``."""
         batch, heads, head_dim = queries.shape
         groups = self.keys.shape[1]
         rows = (queries * head_dim**-0.5).astype(self.keys.dtype).reshape(batch, groups, heads // groups, head_dim)

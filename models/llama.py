@@ -223,13 +223,10 @@ class Attention(nnx.Module):
         queries = constrain(queries, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
         keys = constrain(keys, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
         values = constrain(values, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
-        if cache is not None and length == 1:
-            cache = cache.append(keys[:, 0], values[:, 0], positions[:, 0])
-            mixed = cache.attend(queries[:, 0], positions[:, 0])[:, None]
-        else:
-            if cache is not None:
-                cache = cache.prefill(keys, values)
+        if cache is None:
             mixed = causal_attention(queries, keys, values)
+        else:
+            mixed, cache = cache.attend(queries, keys, values, positions)
         mixed = constrain(constrain(mixed, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM), BATCH, SEQ, HEADS, HEAD_DIM)
         return self.o_proj(mixed.reshape(batch, length, -1)), cache
 
@@ -338,7 +335,7 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """The normed states ``[B, T, D]`` before the head.
 
-        With caches and T > 1 the tokens are whole prompts; with T = 1 they follow what the caches hold.
+        With caches, the tokens' keys and values are kept at ``positions`` and the earlier ones are attended over.
         """
         x = constrain(self.embed_tokens(input_ids), BATCH, SEQ, EMBED)
         if isinstance(self.layers, Stages):

@@ -49,14 +49,16 @@ def test_steps_over_the_cache_equal_the_whole(heads: int, kv_heads: int) -> None
     queries, keys, values = random_heads(heads, kv_heads, 20)
     prompts = np.array([1, 7, 12])  # rows of different lengths, the rest of each prompt is padding
     cache = ContiguousCache(jnp.zeros((3, kv_heads, 8, 32)), jnp.zeros((3, kv_heads, 32, 8)))
-    cache = cache.prefill(jnp.asarray(keys[:, :12]), jnp.asarray(values[:, :12]))
+    first = jnp.broadcast_to(jnp.arange(12), (3, 12))
+    mixed, cache = cache.attend(*(jnp.asarray(x[:, :12]) for x in (queries, keys, values)), first)
     expected = numpy_attention(queries, keys, values)
+    np.testing.assert_allclose(mixed, expected[:, :12], atol=1e-5)
     rows = np.arange(3)
-    step = jax.jit(lambda cache, k, v, q, at: (new := cache.append(k, v, at), new.attend(q, at)))
+    step = jax.jit(lambda cache, q, k, v, at: cache.attend(q[:, None], k[:, None], v[:, None], at[:, None]))
     for offset in range(8):
         at = prompts + offset
-        cache, mixed = step(cache, keys[rows, at], values[rows, at], queries[rows, at], at.astype(np.int32))
-        np.testing.assert_allclose(mixed, expected[rows, at], atol=1e-5)
+        mixed, cache = step(cache, queries[rows, at], keys[rows, at], values[rows, at], at.astype(np.int32))
+        np.testing.assert_allclose(mixed[:, 0], expected[rows, at], atol=1e-5)
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 1), (4, 1), (8, 8), (16, 8)])
@@ -67,13 +69,13 @@ def test_a_step_neither_copies_nor_gathers_the_cache(batch: int, devices: int) -
     def shape(*sizes: int, dtype: object = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=rows)
 
-    def step(cache: ContiguousCache, k: jax.Array, v: jax.Array, q: jax.Array, at: jax.Array) -> object:
-        cache = cache.append(k, v, at)
-        return cache, cache.attend(q, at)
+    def step(cache: ContiguousCache, q: jax.Array, k: jax.Array, v: jax.Array, at: jax.Array) -> object:
+        mixed, cache = cache.attend(q[:, None], k[:, None], v[:, None], at[:, None])
+        return cache, mixed
 
     cache = ContiguousCache(shape(3, 64, 512), shape(3, 512, 64))
     lowered = jax.jit(step, donate_argnums=0).lower(
-        cache, shape(3, 64), shape(3, 64), shape(9, 64), shape(dtype=jnp.int32)
+        cache, shape(9, 64), shape(3, 64), shape(3, 64), shape(dtype=jnp.int32)
     )
     compiled = lowered.compile()
     text = compiled.as_text()
