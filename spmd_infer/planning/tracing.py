@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from spmd_infer.axes import BATCH, marked_axes, recorded_constraints
 from spmd_infer.functional import ModelFunction
-from spmd_infer.planning.work import Labels, Product, Reduction, Relabel, Value, Work, merged, weight_label
+from spmd_infer.planning.work import Labels, Product, Reduction, Relabel, Value, Work, given_up, merged, weight_label
 
 _VIEWS = frozenset(
     {"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy", "stop_gradient", "iota", "name"}
@@ -151,6 +151,8 @@ class _Reader:
             self.work.relabels.append(Relabel(operands[0], out, times))
         elif name.startswith(("reduce_", "arg")) and "axes" in params and name != "reduce_precision":
             self.work.reductions.append(Reduction(operands[0], tuple(params["axes"]), out, times))
+        else:
+            self.work.relabels += given_up(operands, out, times)
 
     def _birth(self, value: Value) -> Value:
         self._born[id(value)] = (value, self._clock)

@@ -135,6 +135,34 @@ def weight_label(path: str, dimension: int) -> str:
     return f"{path}#{dimension}"
 
 
+def of_bare_weight(label: str | None) -> bool:
+    """Whether a label is that of a weight that names no axes."""
+    return label is not None and "#" in label
+
+
+def given_up(operands: Sequence[Value], out: Value, times: int = 1) -> list[Relabel]:
+    """What an operation that is no product costs where it cannot keep the labels of weights without axes.
+
+    Their splits are the planner's to choose, so it must know the price: of two that meet in one sum only one can stay,
+    a slice or a merged dimension loses its label, and a dimension that is cut up keeps it for fewer units.
+    """
+    found = []
+    for operand in operands:
+        labels, sizes = list(operand.labels), list(operand.shape)
+        for dimension, label in enumerate(operand.labels):
+            if not of_bare_weight(label) or operand.shape[dimension] == 1:
+                continue
+            if label in out.labels:
+                sizes[dimension] = min(sizes[dimension], out.shape[out.labels.index(label)])
+                continue
+            beside = len(out.shape) == len(operand.shape) and out.shape[dimension] == operand.shape[dimension]
+            labels[dimension] = out.labels[dimension] if beside else None
+        after = replace(operand, shape=tuple(sizes), labels=tuple(labels))
+        if after != operand:
+            found.append(Relabel(operand, after, times))
+    return found
+
+
 _Repeated = TypeVar("_Repeated", Product, Reduction, Relabel)
 
 
