@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from spmd_infer.errors import AxisError
@@ -140,7 +140,7 @@ class AxisRules:
     def row_parts(self, mesh_shape: Mapping[str, int]) -> int:
         """The number that batch sizes must be a multiple of: the parts that rows are split into."""
         rules = self.of_activations
-        return max(prod(mesh_shape.get(axis, 1) for axis in rules.mesh_axes(name)) for name in (BATCH, ATTN_BATCH))
+        return lcm(*(prod(mesh_shape.get(axis, 1) for axis in rules.mesh_axes(name)) for name in (BATCH, ATTN_BATCH)))
 
     def split(self, logical: str | None, size: int, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes that really split a dimension of ``size``.

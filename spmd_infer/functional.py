@@ -50,6 +50,10 @@ class ModelFunction:
         """The same model with other parameters (abstract ones, say) under the same paths."""
         return replace(self, params=params)
 
+    def abstract(self) -> ModelFunction:
+        """The same model holding no arrays, only their shapes and dtypes."""
+        return self.with_params({path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in self.params.items()})
+
 
 def model_function(model: Any, params: Any = None, *, call_kwargs: Mapping[str, Any] | None = None) -> ModelFunction:
     """Take a model apart.
@@ -100,6 +104,8 @@ def _from_nnx(model: nnx.Module, params: Any, kwargs: dict[str, Any]) -> ModelFu
         if named:
             axes[path] = tuple(named)
     keys = [path for path, _ in flat]
+    # The arrays are in ``own``; kept here too, they would outlive the engine's copies of them.
+    variables = [variable.replace(None) for variable in variables]
 
     def rebuild(values: Params) -> nnx.Module:
         leaves = [

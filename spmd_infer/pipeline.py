@@ -49,6 +49,10 @@ class PipelinedFunction(ModelFunction):
     sources: Mapping[str, tuple[str, ...]]
     microbatches: int | None
 
+    def abstract(self) -> PipelinedFunction:
+        """The same model holding no arrays, only their shapes and dtypes."""
+        return replace(self, base=self.base.abstract())
+
     def bubble(self, rows: int, row_parts: int = 1) -> float:
         """The part of the ticks in which a stage idles, for a batch of ``rows`` (see ``microbatch_count``)."""
         return bubble_share(self.stages, self.microbatches or microbatch_count(rows, self.stages, row_parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class Placement:
     def row_parts(self) -> int:
         """The number that batch sizes must be a multiple of, in every phase."""
         every = (self.plan.rules, *self.plan.phase_rules.values())
-        return max(rules.row_parts(dict(self.mesh.shape)) for rules in every)
+        return lcm(*(rules.row_parts(dict(self.mesh.shape)) for rules in every))
 
     def key(self, phase: str | None = None) -> Hashable:
         """Tells apart programs that are compiled for different placements, and finds those of an equal one again."""
@@ -58,18 +59,24 @@ class Placement:
 
         Each weight's old pieces are let go of as soon as its new ones exist, so the devices hold only a few weights
         twice (of a pipeline, a stack of layers). They are not donated: the caller may hold them too. ``params`` stays
-        the same dict.
+        the same dict. Where a weight cannot be moved, for want of memory say, those moved before go back.
         """
         own = unstacked(self.model, self.params)
         self.params.clear()
+        before = {path: value.sharding for path, value in own.items()}
         targets = own_layouts(model, plan.weights, mesh)
         moved: dict[str, Any] = {}
-        for path in list(own):
-            value = own.pop(path)
-            moved[path] = jax.device_put(value, targets[path].sharding)
-            jax.block_until_ready(moved[path])
-            del value
-        self.params.update(stacked(model, plan.weights, mesh, moved))
+        try:
+            for path in list(own):
+                moved[path] = jax.device_put(own[path], targets[path].sharding)
+                jax.block_until_ready(moved[path])
+                del own[path]
+            params = stacked(model, plan.weights, mesh, moved)
+        except BaseException:
+            own |= {path: jax.device_put(moved[path], before[path]) for path in list(moved) if path not in own}
+            self.params.update(stacked(self.model, self.plan.weights, self.mesh, own))
+            raise
+        self.params.update(params)
         self.model, self.plan, self.mesh = model, plan, mesh
 
 
@@ -77,4 +84,4 @@ def placed(model: ModelFunction, plan: MeshPlan, mesh: Mesh, values: Mapping[str
     """Put a model's own parameters (by their paths in the unstacked model) on a mesh."""
     targets = own_layouts(model, plan.weights, mesh)
     own = {path: jax.device_put(values[path], target.sharding) for path, target in targets.items()}
-    return Placement(model, plan, mesh, dict(stacked(model, plan.weights, mesh, own)))
+    return Placement(model.abstract(), plan, mesh, dict(stacked(model, plan.weights, mesh, own)))

@@ -1,6 +1,7 @@
 """Live weights moved between meshes: the same bits, the same answers, warm programs kept, little memory more."""
 
 import gc
+import weakref
 from pathlib import Path
 
 import jax
@@ -116,3 +117,40 @@ def test_a_task_goes_on_after_a_move(minilm: Path) -> None:
     vectors = engine.embed(texts)
     engine.reshard("data=8")
     np.testing.assert_allclose(engine.embed(texts), vectors, atol=1e-5)
+
+
+def test_a_move_that_fails_leaves_the_weights_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = si.Engine(Llama(CONFIG, rngs=nnx.Rngs(0)), mesh="data=2,model=4", inputs=input_spec(CONFIG), buckets=[8])
+    start, expected = bits(engine), engine.infer({"input_ids": IDS})
+    put, moves = jax.device_put, []
+
+    def failing(value: object, *args: object) -> object:
+        moves.append(value)
+        if len(moves) == 7:
+            raise MemoryError("no room on the device")
+        return put(value, *args)
+
+    monkeypatch.setattr(jax, "device_put", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.reshard("data=8")
+    monkeypatch.undo()
+    assert str(engine.plan.mesh) == "data=2,model=4"
+    assert all(np.array_equal(value, start[path]) for path, value in bits(engine).items())
+    assert np.array_equal(engine.infer({"input_ids": IDS}), expected)
+    engine.reshard("data=8")
+    np.testing.assert_allclose(engine.infer({"input_ids": IDS}), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_callers_arrays_are_not_kept() -> None:
+    params = {"w": jax.device_put(np.ones((8, 8), np.float32))}
+    held = weakref.ref(params["w"])
+    engine = si.Engine(lambda p, x: x @ p["w"], params, mesh="data=2", example=np.ones((1, 8), np.float32))
+    module = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    kernel = weakref.ref(module.kernel[...])
+    other = si.Engine(module, mesh="data=2", example=np.ones((1, 4), np.float32))
+    del params, module
+    gc.collect()
+    assert held() is None
+    assert kernel() is None
+    assert engine.infer(np.ones((1, 8), np.float32)).sum() == 64
+    assert other.infer(np.ones((1, 4), np.float32)).shape == (1, 4)
