@@ -1,15 +1,21 @@
-"""How the next token is chosen: the parameters of a request, and the choice itself on the device.
+"""The choice of the next token, on the device: greedy or drawn, each row of a batch by parameters of its own.
 
-Every row of a batch has its own parameters. A row's random stream depends on its seed and on how many tokens it has
-generated, and on nothing else: not on the other rows, the batch size or the mesh.
+A row's random stream depends on its seed and on how many tokens it has generated, and on nothing else: not on the other
+rows, the batch size or the mesh.
+
+Two variants. ``sample`` takes logits and the parameters that most requests have. ``sample_by_rules`` is for batches in
+which some row needs more: penalties, biases, bad words, a mask of allowed tokens, log-probabilities. Both choose the
+same token for a row that needs nothing more. The order of everything is vLLM's: the model's own log-probabilities are
+taken first; then mask, bad words, end tokens before ``min_tokens``, logit bias, penalties; then, for rows that draw,
+temperature, min-p, top-k, top-p.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,93 +23,36 @@ import numpy as np
 
 from spmd_infer.axes import BATCH, VOCAB, constrain
 from spmd_infer.errors import TaskError
-from spmd_infer.generation.thresholds import filter_thresholds
+from spmd_infer.generation.logprobs import no_scores, score_tokens
+from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
+from spmd_infer.generation.thresholds import filter_thresholds, min_p_threshold
+from spmd_infer.generation.token_rules import TokenRules, apply_rules
+from spmd_infer.generation.token_state import TokenState
 from spmd_infer.tensors import Axes
-
-_MAX_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How one request is continued.
-
-    Attributes:
-        max_tokens: most tokens to generate.
-        min_tokens: until so many tokens are generated, no end or stop token is chosen and no stop string ends the text.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it before sampling.
-        top_k: sample among the k likeliest tokens (and those as likely as the k-th); 0 for all.
-        top_p: sample among the likeliest tokens that together reach this probability (Holtzman et al. 2020), after
-            ``top_k``; 1 for all.
-        seed: start of the random stream; None draws one.
-        stop: strings that end the text; they are cut from it.
-        stop_token_ids: tokens that end it, besides the model's own end tokens.
-        ignore_eos: go on after the model's end tokens.
-
-    Raises:
-        TaskError: a value out of its range.
-    """
-
-    max_tokens: int = 64
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = field(default=False)
-
-    def __post_init__(self) -> None:
-        given: object = self.stop  # a lone string is taken for one stop string
-        stop = (given,) if isinstance(given, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _whole("top_k", self.top_k, 0)
-        if self.seed is not None:
-            _whole("seed", self.seed, 0, _MAX_SEED)
-        for token in self.stop_token_ids:
-            _whole("stop_token_ids", token, 0)
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise TaskError(f"temperature must be a finite number of 0 or more, not {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise TaskError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise TaskError(f"stop must be non-empty strings, not {text!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        bounds = f"of {low} or more" if high is None else f"from {low} to {high}"
-        raise TaskError(f"{name} must be a whole number {bounds}, not {value!r}")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingArrays:
-    """The parameters of a batch as arrays.
+    """The parameters of a batch, or of all slots, as arrays. Rows are taken and put by ``slot_rows``.
 
     Attributes:
         temperature: ``[B]`` float32.
         top_k: ``[B]`` int32.
         top_p: ``[B]`` float32.
+        min_p: ``[B]`` float32.
         seed: ``[B]`` uint32.
         min_tokens: ``[B]`` int32.
-        stop_ids: ``[B, X]`` int32, the end and stop tokens of each row, filled up with -1.
+        stop_ids: ``[B, X]`` int32, the end and stop tokens of each row with ``min_tokens``, filled up with -1.
         draws: whether any row samples; where none does, the work is skipped on the device.
-        filters: whether any row has a top-k or top-p.
+        filters: whether any row has a top-k, top-p or min-p.
         forbids: whether any row has ``min_tokens``.
     """
 
     temperature: jax.Array
     top_k: jax.Array
     top_p: jax.Array
+    min_p: jax.Array
     seed: jax.Array
     min_tokens: jax.Array
     stop_ids: jax.Array
@@ -117,6 +66,7 @@ SAMPLING_AXES: dict[str, Axes] = {
     "temperature": _ROWS,
     "top_k": _ROWS,
     "top_p": _ROWS,
+    "min_p": _ROWS,
     "seed": _ROWS,
     "min_tokens": _ROWS,
     "stop_ids": (BATCH, None),
@@ -126,37 +76,70 @@ SAMPLING_AXES: dict[str, Axes] = {
 }
 
 
-def sampling_arrays(params: Sequence[SamplingParams], eos_ids: Collection[int]) -> dict[str, np.ndarray]:
+class Sampled(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        tokens: ``[B]`` int32; -1 in a row where no token was allowed.
+        logprobs: ``[B]`` float32, the model's log-probability of each; 0 where nobody asked.
+        top_ids: ``[B, N]`` int32, the likeliest tokens by the model, in falling order.
+        top_logprobs: ``[B, N]`` float32.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def sampling_arrays(
+    params: Sequence[SamplingParams], eos_ids: Collection[int], *, most_stops: int | None = None
+) -> dict[str, np.ndarray]:
     """The fields of ``SamplingArrays`` for a batch, as numpy arrays.
 
     Args:
         params: one for each row.
         eos_ids: the model's end tokens.
+        most_stops: columns for stop tokens; by default the smallest power of two, from 4 on, that holds them.
+
+    Raises:
+        TaskError: a row with ``min_tokens`` has more stop tokens than ``most_stops``.
     """
     stops = [sorted(stop_tokens(p, eos_ids)) if p.min_tokens else [] for p in params]
+    most = max(map(len, stops), default=0)
     width = 4
-    while width < max(map(len, stops), default=0):
+    while width < most and most_stops is None:
         width *= 2
+    width = most_stops or width
+    if most > width:
+        raise TaskError(f"a request with min_tokens has {most} end and stop tokens; the program has room for {width}")
     stop_ids = np.full((len(params), width), -1, np.int32)
     for row, tokens in zip(stop_ids, stops, strict=True):
         row[: len(tokens)] = tokens
-    drawing = [p for p in params if p.temperature > 0]
     return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
+        "temperature": np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
         "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
         "top_p": np.array([p.top_p for p in params], np.float32),
-        "seed": np.array([secrets.randbits(32) if p.seed is None else p.seed for p in params], np.uint32),
+        "min_p": np.array([p.min_p for p in params], np.float32),
+        "seed": np.array([_seed(p) for p in params], np.uint32),
         "min_tokens": np.array([p.min_tokens for p in params], np.int32),
         "stop_ids": stop_ids,
+        **sampling_flags(params),
+    }
+
+
+def sampling_flags(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
+    """The flags of ``SamplingArrays`` for the rows that a step has."""
+    drawing = [p for p in params if not p.greedy]
+    return {
         "draws": np.array(bool(drawing)),
-        "filters": np.array(any(p.top_k or p.top_p < 1 for p in drawing)),
+        "filters": np.array(any(p.top_k or p.top_p < 1 or p.min_p for p in drawing)),
         "forbids": np.array(any(p.min_tokens for p in params)),
     }
 
 
-def stop_tokens(params: SamplingParams, eos_ids: Collection[int]) -> frozenset[int]:
-    """The tokens that end a request."""
-    return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+def _seed(params: SamplingParams) -> int:
+    return secrets.randbits(32) if params.seed is None else params.seed & 0xFFFFFFFF
 
 
 def sample(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:
@@ -170,17 +153,59 @@ def sample(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax
     Returns:
         ``[B]`` int32 token ids.
     """
-    logits = jax.lax.cond(sampling.forbids, _forbid_ends, lambda x, *_: x, logits, sampling, steps)
+    return _choose(logits, sampling, steps)[0]
+
+
+def sample_by_rules(
+    logits: jax.Array,
+    sampling: SamplingArrays,
+    steps: jax.Array,
+    rules: TokenRules,
+    state: TokenState,
+    mask: jax.Array,
+    *,
+    num_top: int,
+) -> Sampled:
+    """Choose one token for each row where rules about single tokens hold, and score it.
+
+    The caller counts the chosen tokens in the state of all slots: ``state.count(rows, sampled.tokens)``.
+
+    Args:
+        logits: ``[B, V]`` float32.
+        sampling: the rows' parameters.
+        steps: ``[B]`` int32, how many tokens each row has generated before.
+        rules: the rows' rules.
+        state: the rows' tokens so far.
+        mask: ``[B, ceil(V / 32)]`` uint32, a bit for each token that may be chosen; not looked at where
+            ``rules.masks`` is false.
+        num_top: how many of the likeliest tokens to return.
+    """
     logits = constrain(logits, BATCH, VOCAB)
-    # A function of its own for every trace: JAX keeps the traces of named branches, and with them another mesh.
-    tokens: jax.Array = jax.lax.cond(
+    tokens, largest = _choose(apply_rules(logits, rules, state, mask), sampling, steps)
+    tokens = jnp.where(largest > -jnp.inf, tokens, -1)
+    scores = jax.lax.cond(
+        rules.scores,
+        lambda logits, tokens: score_tokens(logits, tokens, num_top),
+        lambda *_: no_scores(logits.shape[0], num_top),
+        logits,
+        tokens,
+    )
+    return Sampled(tokens, *scores)
+
+
+def _choose(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tokens ``[B]``, and the numbers ``[B]`` that were the largest of their rows."""
+    # Functions of their own for every trace: JAX keeps the traces of named branches, and with them another mesh.
+    logits = jax.lax.cond(sampling.forbids, lambda *args: _forbid_ends(*args), lambda x, *_: x, logits, sampling, steps)
+    logits = constrain(logits, BATCH, VOCAB)
+    chosen: tuple[jax.Array, jax.Array] = jax.lax.cond(
         sampling.draws, lambda *args: _draw(*args), lambda x, *_: _likeliest(x), logits, sampling, steps
     )
-    return tokens
+    return chosen
 
 
-def _likeliest(logits: jax.Array) -> jax.Array:
-    """The first token of the largest logit in each row, ``[B]``.
+def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first token of the largest logit in each row, ``[B]``, and that logit.
 
     A maximum, then the first place where it stands: XLA on CPU runs these several times faster than ``argmax``, and a
     vocabulary that is split over devices exchanges two numbers a row instead of all logits.
@@ -188,7 +213,7 @@ def _likeliest(logits: jax.Array) -> jax.Array:
     vocab = logits.shape[-1]
     largest = jnp.max(logits, axis=-1, keepdims=True)
     places = jnp.where(logits == largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
-    return jnp.min(places, axis=-1)
+    return jnp.min(places, axis=-1), largest[:, 0]
 
 
 def _forbid_ends(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:
@@ -201,11 +226,10 @@ def _forbid_ends(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) 
     return logits
 
 
-def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:
+def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
-    top_k, top_p = jnp.where(greedy, 0, sampling.top_k), jnp.where(greedy, 1.0, sampling.top_p)
-    scaled = jax.lax.cond(sampling.filters, lambda *args: _filter(*args), lambda x, *_: x, scaled, top_k, top_p)
+    scaled = jax.lax.cond(sampling.filters, lambda *args: _filter(*args), lambda x, *_: x, scaled, sampling, greedy)
 
     def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
         # Each token's number comes from its place in the whole vocabulary, on whatever device that is made.
@@ -217,9 +241,22 @@ def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.
     return _likeliest(jnp.where(greedy[:, None], logits, drawn))
 
 
-def _filter(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """``logits [B, V]`` with all but the top-k, then top-p, tokens at minus infinity."""
+def _filter(logits: jax.Array, sampling: SamplingArrays, greedy: jax.Array) -> jax.Array:
+    """``logits [B, V]`` with all but the min-p, of those the top-k, of those the top-p tokens at minus infinity."""
+    min_p = jnp.where(greedy, 0.0, sampling.min_p)
+    top_k, top_p = jnp.where(greedy, 0, sampling.top_k), jnp.where(greedy, 1.0, sampling.top_p)
+    logits = jnp.where(logits >= min_p_threshold(logits, min_p)[:, None], logits, -jnp.inf)
     return jnp.where(logits >= filter_thresholds(logits, top_k, top_p)[:, None], logits, -jnp.inf)
 
 
-__all__ = ["SAMPLING_AXES", "SamplingArrays", "SamplingParams", "sample", "sampling_arrays", "stop_tokens"]
+__all__ = [
+    "SAMPLING_AXES",
+    "Sampled",
+    "SamplingArrays",
+    "SamplingParams",
+    "sample",
+    "sample_by_rules",
+    "sampling_arrays",
+    "sampling_flags",
+    "stop_tokens",
+]

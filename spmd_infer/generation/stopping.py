@@ -10,12 +10,17 @@ class StopText:
 
     Args:
         stops: the strings that end the text.
+        include: leave the stop string at the end of the text.
+
+    Attributes:
+        stopped: the stop string that ended the text; None while there is none.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
-        self.stopped = False
+        self.stopped: str | None = None
 
     def push(self, text: str, *, watch: bool = True) -> str:
         """The text that is certain now: all but an end that may become a stop string.
@@ -28,10 +33,11 @@ class StopText:
         self._held = ""
         if not watch:
             return text
-        found = [start for start in (text.find(stop) for stop in self._stops) if start >= 0]
+        found = [(start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return text[: min(found)]
+            # The earliest; of those that begin together the shortest, which was complete first.
+            start, self.stopped = min(found, key=lambda place: (place[0], len(place[1])))
+            return text[: start + len(self.stopped) if self._include else start]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -1,4 +1,4 @@
-"""Top-k and top-p: the smallest logit that each row keeps, found where the vocabulary lies.
+"""Top-k, top-p and min-p: the smallest logit that each row keeps, found where the vocabulary lies.
 
 A sort of the whole vocabulary is slow, and gathering one that is split over devices moves megabytes to choose a few
 bytes. So each device offers its largest logits, these few are gathered and sorted, and where a row's threshold is among
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from spmd_infer.axes import BATCH, VOCAB, current_scope
+from spmd_infer.generation.vocab_shards import VocabShard, over_vocabulary
 
 CANDIDATES = 128
 """Logits of each row that each device offers. On a CPU, 8 rows of 49,152: 128 take 1.5 ms, the passes 6 to 15."""
@@ -29,37 +28,30 @@ def filter_thresholds(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> 
     Returns:
         ``[B]`` float32.
     """
-    scope = current_scope()
-    if scope is None:
-        return _thresholds(logits, top_k, top_p, (), 1)
-    rules, mesh = scope[0].of_activations, scope[1]
-    rows = rules.split(BATCH, logits.shape[0], dict(mesh.shape))
-    words = rules.split(VOCAB, logits.shape[1], dict(mesh.shape))
-    parts = 1
-    for axis in words:
-        parts *= int(mesh.shape[axis])
-    by_row = PartitionSpec(rows or None)
-    # By hand, so that rows on different devices need not agree on whether passes are needed. The results are equal on
-    # all devices that share a row, which JAX cannot see of what an all-gather returns: hence check_vma=False.
-    found: jax.Array = jax.shard_map(
-        lambda logits, top_k, top_p: _thresholds(logits, top_k, top_p, words, parts),
-        mesh=mesh,
-        in_specs=(PartitionSpec(rows or None, words or None), by_row, by_row),
-        out_specs=by_row,
-        check_vma=False,
-    )(logits, top_k, top_p)
+    found: jax.Array = over_vocabulary(_thresholds, [logits], top_k, top_p)
     return found
 
 
-def _thresholds(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, words: tuple[str, ...], parts: int) -> jax.Array:
-    """As ``filter_thresholds``, for logits ``[B, V / parts]`` that are split over mesh axes ``words``."""
+def min_p_threshold(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """The smallest logit that each row keeps where less likely tokens than ``min_p`` times the likeliest are dropped.
+
+    Args:
+        logits: ``[B, V]`` float32.
+        min_p: ``[B]`` float32; 0 keeps all.
+
+    Returns:
+        ``[B]`` float32.
+    """
+    return jnp.max(logits, axis=-1) + jnp.log(min_p)
+
+
+def _thresholds(shard: VocabShard, logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """As ``filter_thresholds``, for logits ``[B, V / parts]`` of one shard."""
     batch, here = logits.shape
     count = min(CANDIDATES, here)
-    offered = jax.lax.top_k(logits, count)[0]  # [B, C]
-    if words:
-        offered = jax.lax.all_gather(offered, words, axis=1, tiled=True)
+    offered = shard.gather(jax.lax.top_k(logits, count)[0])  # [B, parts * C]
     # Every logit above the floor is among the candidates, wherever it lies.
-    floor = offered.reshape(batch, parts, count)[:, :, -1].max(axis=1) if count < here else jnp.float32(-jnp.inf)
+    floor = offered.reshape(batch, shard.parts, count)[:, :, -1].max(axis=1) if count < here else jnp.float32(-jnp.inf)
     offered = jnp.flip(jnp.sort(offered, axis=1), axis=1)
     largest = offered[:, 0]
     last = jnp.clip(top_k, 1, offered.shape[1]) - 1
@@ -68,42 +60,33 @@ def _thresholds(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, words: tu
     kth = jnp.where(top_k == 0, -jnp.inf, kth)
 
     weights = jnp.where(logits >= kth[:, None], jnp.exp(logits - largest[:, None]), 0.0)
-    wanted = top_p * _total(weights, words)
+    wanted = top_p * shard.sum(weights.sum(-1))
     reached = jnp.cumsum(jnp.exp(offered - largest[:, None]), axis=1) >= wanted[:, None]
     place = jnp.argmax(reached, axis=1)
     nucleus = jnp.take_along_axis(offered, place[:, None], axis=1)[:, 0]
     p_known = (top_p >= 1) | (reached.any(axis=1) & (nucleus >= floor))
     found = jnp.where(top_p >= 1, kth, jnp.maximum(kth, nucleus))
+    known = k_known & p_known
+    # Only rows that need the passes take their result: rounding in it must not depend on the rest of the batch.
     result: jax.Array = jax.lax.cond(
-        jnp.all(k_known & p_known),
+        jnp.all(known),
         lambda: found,
-        lambda: _by_passes(logits, largest, top_k, top_p, words, parts),
+        lambda: jnp.where(known, found, _by_passes(shard, logits, largest, top_k, top_p)),
     )
     return result
 
 
 def _by_passes(
-    logits: jax.Array,
-    largest: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    words: tuple[str, ...],
-    parts: int,
+    shard: VocabShard, logits: jax.Array, largest: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
     """The thresholds whatever the logits, in twice 32 passes."""
     order = _ordered_bits(logits)
-    vocab = logits.shape[1] * parts
+    vocab = logits.shape[1] * shard.parts
     wanted = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab).astype(jnp.float32)
-    kth = _bit_by_bit(order, jnp.ones_like(logits), wanted, words)
+    kth = _bit_by_bit(order, jnp.ones_like(logits), wanted, shard)
     weights = jnp.where(order >= kth[:, None], jnp.exp(logits - largest[:, None]), 0.0)
-    nucleus = _bit_by_bit(order, weights, top_p * _total(weights, words), words)
+    nucleus = _bit_by_bit(order, weights, top_p * shard.sum(weights.sum(-1)), shard)
     return _from_ordered_bits(jnp.where(top_p >= 1, kth, jnp.maximum(kth, nucleus)))
-
-
-def _total(values: jax.Array, words: tuple[str, ...]) -> jax.Array:
-    """Sum of each row ``[B, V / parts]`` over all its parts, ``[B]``."""
-    total = jnp.sum(values, axis=-1)
-    return jax.lax.psum(total, words) if words else total
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -119,12 +102,12 @@ def _from_ordered_bits(order: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(negative, ~order, order & jnp.uint32((1 << 31) - 1)), jnp.float32)
 
 
-def _bit_by_bit(order: jax.Array, weights: jax.Array, wanted: jax.Array, words: tuple[str, ...]) -> jax.Array:
+def _bit_by_bit(order: jax.Array, weights: jax.Array, wanted: jax.Array, shard: VocabShard) -> jax.Array:
     """For each row the largest t with ``sum(weights where order >= t) >= wanted``, as ``[B]`` uint32."""
 
     def refine(index: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        mass = _total(jnp.where(order >= candidate[:, None], weights, 0.0), words)
+        mass = shard.sum(jnp.where(order >= candidate[:, None], weights, 0.0).sum(-1))
         return jnp.where(mass >= wanted, candidate, found)
 
     start = jnp.zeros(order.shape[:1], jnp.uint32)
@@ -132,4 +115,4 @@ def _bit_by_bit(order: jax.Array, weights: jax.Array, wanted: jax.Array, words: 
     return result
 
 
-__all__ = ["CANDIDATES", "filter_thresholds"]
+__all__ = ["CANDIDATES", "filter_thresholds", "min_p_threshold"]

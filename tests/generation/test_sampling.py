@@ -1,6 +1,4 @@
-"""Sampling: parameters checked, the right distribution, and streams that depend on nothing but seed and step."""
-
-from typing import Any
+"""Sampling: the right distribution, and streams that depend on nothing but seed and step."""
 
 import jax
 import numpy as np
@@ -9,8 +7,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
 from spmd_infer.axes import AxisRules, axis_scope
-from spmd_infer.errors import TaskError
-from spmd_infer.generation.sampling import SamplingArrays, SamplingParams, sample, sampling_arrays, stop_tokens
+from spmd_infer.generation.sampling import SamplingArrays, SamplingParams, sample, sampling_arrays
 
 VOCAB = 40
 DRAWS = 4000
@@ -23,10 +20,13 @@ def choose(
     return np.asarray(jax.jit(sample)(logits.astype(np.float32), arrays, steps.astype(np.int32)))
 
 
-def numpy_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def numpy_distribution(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> np.ndarray:
     """The same definitions by sorting, in float64; the logits have no ties."""
     scaled = logits.astype(np.float64) / temperature
     order = np.argsort(-scaled)
+    order = order[np.exp(scaled[order] - scaled[order[0]]) >= min_p]
     kept = order[: top_k or VOCAB]
     weights = np.exp(scaled[kept] - scaled[kept[0]])
     weights /= weights.sum()
@@ -43,37 +43,51 @@ def logits() -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    ("temperature", "top_k", "top_p", "min_p"),
     [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (2.0, 0, 1.0),
-        (1.0, 7, 1.0),
-        (1.3, 1, 1.0),
-        (1.0, 0, 0.8),
-        (1.5, 0, 0.3),
-        (2.0, 9, 0.7),
+        (1.0, 0, 1.0, 0.0),
+        (0.5, 0, 1.0, 0.0),
+        (2.0, 0, 1.0, 0.0),
+        (1.0, 7, 1.0, 0.0),
+        (1.3, 1, 1.0, 0.0),
+        (1.0, 0, 0.8, 0.0),
+        (1.5, 0, 0.3, 0.0),
+        (2.0, 9, 0.7, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        (2.0, 0, 1.0, 0.3),
+        (1.5, 5, 1.0, 0.1),
+        (1.5, 0, 0.7, 0.1),
+        (1.8, 11, 0.9, 0.08),
     ],
 )
-def test_distribution_equals_numpy(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> None:
+def test_distribution_equals_numpy(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     # Half the draws differ in seed, half in step: both must make independent draws.
     params = [
-        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=index // 2) for index in range(DRAWS)
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=index // 2)
+        for index in range(DRAWS)
     ]
     tokens = choose(np.tile(logits, (DRAWS, 1)), params, np.arange(DRAWS) % 2)
-    expected = numpy_distribution(logits, temperature, top_k, top_p)
+    expected = numpy_distribution(logits, temperature, top_k, top_p, min_p)
+    fits(tokens, expected)
+
+
+def fits(tokens: np.ndarray, expected: np.ndarray) -> None:
+    """Fail where tokens drawn are not distributed as expected."""
+    draws = len(tokens)
     counts = np.bincount(tokens, minlength=VOCAB)
     assert counts[expected == 0].sum() == 0
     # Chi-square over the tokens expected at least five times, the rarer ones together; the seeds are fixed, so this
     # cannot fail by chance, and a wrong filter or temperature gives a p of 1e-10 or less.
-    often = expected * DRAWS >= 5
+    often = expected * draws >= 5
     seen = np.append(counts[often], counts[~often].sum())
-    wanted = np.append(expected[often], expected[~often].sum()) * DRAWS
+    wanted = np.append(expected[often], expected[~often].sum()) * draws
     seen, wanted = seen[wanted > 0], wanted[wanted > 0]
     if len(seen) > 1:
         assert stats.chisquare(seen, wanted).pvalue > 1e-3
     else:
-        assert seen[0] == DRAWS
+        assert seen[0] == draws
 
 
 def test_a_wrong_distribution_is_noticed(logits: np.ndarray) -> None:
@@ -149,34 +163,3 @@ def test_end_tokens_wait_for_min_tokens(temperature: float) -> None:
     assert early[0] not in (4, 6)
     assert early[1:].tolist() == [4, 4]
     assert choose(logits, params, np.array([2, 2, 2]), eos=(4,)).tolist() == [4, 4, 4]
-
-
-def test_stop_tokens() -> None:
-    assert stop_tokens(SamplingParams(stop_token_ids=(3,)), {1, 2}) == {1, 2, 3}
-    assert stop_tokens(SamplingParams(stop_token_ids=(3,), ignore_eos=True), {1, 2}) == {3}
-
-
-def test_one_stop_string_need_not_be_a_tuple() -> None:
-    assert SamplingParams(stop="END").stop == ("END",)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens must be a whole number of 1 or more, not 0"),
-        ({"max_tokens": 2.5}, "max_tokens must be a whole number of 1 or more, not 2.5"),
-        ({"max_tokens": 4, "min_tokens": 5}, "min_tokens must be a whole number from 0 to 4, not 5"),
-        ({"temperature": -1}, "temperature must be a finite number of 0 or more, not -1"),
-        ({"temperature": float("nan")}, "temperature must be a finite number"),
-        ({"top_k": -1}, "top_k must be a whole number of 0 or more, not -1"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, not 1.1"),
-        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
-        ({"seed": True}, "seed must be a whole number"),
-        ({"stop": ("",)}, "stop must be non-empty strings, not ''"),
-        ({"stop_token_ids": (-3,)}, "stop_token_ids must be a whole number of 0 or more, not -3"),
-    ],
-)
-def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(TaskError, match=message):
-        SamplingParams(**values)

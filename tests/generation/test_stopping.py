@@ -27,7 +27,7 @@ def test_character_by_character(text: str, stops: list[str]) -> None:
         assert wanted.startswith(shown)
         if watcher.stopped:
             break
-    assert watcher.stopped == stopped
+    assert (watcher.stopped in stops) == stopped
     assert shown + ("" if stopped else watcher.flush()) == wanted
 
 
@@ -39,12 +39,25 @@ def test_pieces(pieces: list[str], stops: list[str]) -> None:
         assert not any(stop in shown for stop in stops)
         if watcher.stopped:
             break
-    assert watcher.stopped == any(stop in text for stop in stops)
+    assert (watcher.stopped in stops) == any(stop in text for stop in stops)
     assert text.startswith(shown)
     if watcher.stopped:
-        assert any(text[len(shown) :].startswith(stop) for stop in stops)
+        assert text[len(shown) :].startswith(watcher.stopped)
     else:
         assert shown + watcher.flush() == text
+
+
+@given(st.lists(st.text(alphabet="ab", max_size=6), max_size=8), STOPS)
+def test_included(pieces: list[str], stops: list[str]) -> None:
+    without, including = StopText(stops), StopText(stops, include=True)
+    shown = [""] * 2
+    for piece in pieces:
+        shown = [text + watcher.push(piece) for text, watcher in zip(shown, (without, including), strict=True)]
+        assert without.stopped == including.stopped
+        if without.stopped:
+            assert shown[1] == shown[0] + without.stopped
+            return
+        assert shown[0] == shown[1]
 
 
 def test_nothing_is_held_without_reason() -> None:
