@@ -47,7 +47,7 @@ class Placement:
         """Tells apart programs that are compiled for different placements, and finds those of an equal one again."""
         rules = self.rules(phase)
         tables = tuple(tuple(sorted(table.items(), key=str)) for table in (rules.rules, rules.activations, rules.units))
-        return type(self.model).__name__, self.mesh, tables
+        return type(self.model).__name__, self.mesh, tables, self.plan.own_splits
 
     def sharding(self, axes: Axes, shape: tuple[int, ...], phase: str | None = None) -> NamedSharding:
         """Where an activation, input or cache of these logical axes lies."""

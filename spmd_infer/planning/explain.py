@@ -1,22 +1,26 @@
-"""A plan in words, as tables, as a picture of one weight on the mesh, and as plain data."""
+"""A plan in words, as tables, and as a picture of one weight on the mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
-from spmd_infer.planning.estimates import RESERVE, Candidate, Memory, StepTime, gigabytes
-from spmd_infer.planning.mesh_plan import MeshPlan
+from jax.sharding import PartitionSpec
+
+from spmd_infer.axes import axis_tuple
+from spmd_infer.planning.estimates import Candidate, Memory, gigabytes
+from spmd_infer.planning.outcome import PlanOutcome
+from spmd_infer.planning.tensor_search import TensorSearch
 from spmd_infer.planning.weight_groups import WeightGroup, holders, pieces, weight_groups
 
 SHOWN_CANDIDATES = 14
 SHOWN_GROUPS = 8
+SHOWN_CHANGES = 8
 _BAR = 60
 _LARGEST_PICTURE = 16
 
 
-def explain(plan: MeshPlan) -> str:
+def explain(plan: PlanOutcome) -> str:
     """The plan for a terminal."""
     how = "given by the caller" if plan.given else "chosen"
     total = sum(layout.nbytes for layout in plan.weights)
@@ -32,52 +36,14 @@ def explain(plan: MeshPlan) -> str:
     ]
     if plan.notes:
         lines += ["", *(f"  note: {note}" for note in plan.notes)]
+    if plan.tensors is not None:
+        lines += ["", *(f"  {line}" for line in tensor_search_words(plan.tensors))]
     groups = weight_groups(plan.weights)
     lines += ["", *_groups(groups)]
     shown = _shown(groups, plan)
     if shown is not None:
         lines += ["", *_picture(plan, shown)]
     return "\n".join(lines)
-
-
-def to_dict(plan: MeshPlan) -> dict[str, Any]:
-    """The plan as plain data."""
-    device = plan.cluster.device
-    return {
-        "model": plan.model,
-        "devices": {"kind": device.name, "count": plan.cluster.count, "hosts": plan.cluster.hosts},
-        "hardware": {
-            "link_domain": plan.cluster.domain,
-            "memory_bytes": device.memory_bytes,
-            "plannable_bytes": plannable_bytes(plan),
-            "memory_bytes_per_s": device.bandwidth,
-            "link_bytes_per_s": device.link,
-            "network_bytes_per_s": device.network,
-            "flops": dict(device.flops),
-            "source": device.source,
-        },
-        "traffic": plan.workload,
-        "mesh": plan.mesh.shape,
-        "given": plan.given,
-        "candidates": [_candidate(candidate) for candidate in plan.candidates],
-        "notes": list(plan.notes),
-        "weights": [
-            {
-                "path": layout.path,
-                "shape": list(layout.shape),
-                "dtype": str(layout.dtype),
-                "axes": list(layout.axes) if layout.axes is not None else None,
-                "spec": [list(e) if isinstance(e, tuple) else e for e in layout.spec],
-                "bytes_per_device": layout.device_bytes,
-            }
-            for layout in plan.weights
-        ],
-    }
-
-
-def plannable_bytes(plan: MeshPlan) -> int:
-    """Memory of a device less what plans keep free."""
-    return int(plan.cluster.device.memory_bytes * (1 - RESERVE))
 
 
 def memory_parts(memory: Memory) -> dict[str, int]:
@@ -98,32 +64,31 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "mesh": candidate.mesh.shape,
-        "layout": candidate.layout,
-        "memory_bytes": {**memory_parts(candidate.memory), "total": candidate.memory.total},
-        "seconds": None if candidate.time is None else _seconds(candidate.time),
-        "phases": [
-            {
-                "name": phase.name,
-                "layout": phase.layout,
-                "times": phase.times,
-                "seconds": _seconds(phase.time),
-                "collectives": phase.collectives,
-            }
-            for phase in candidate.phases
-        ],
-        "switch_seconds": candidate.switch,
-        "rows": candidate.rows,
-        "most_rows": candidate.most_rows,
-        "collectives": candidate.collectives,
-        "rejected": candidate.rejected or None,
-    }
+def tensor_search_words(search: TensorSearch) -> list[str]:
+    """What a search over un-annotated weights came to: the gain, then what it moved."""
+    tried = (
+        f"{search.evaluations} layouts estimated{'' if search.finished else ', and more left when the budget ended'}"
+    )
+    if not search.changes:
+        return [f"un-annotated weights lie as the default rule says: nothing that was tried is faster ({tried})"]
+    (slow, fast), (before, after), (many, few) = search.seconds, search.memory, search.collectives
+    gain = f"{milliseconds(slow)} -> {milliseconds(fast)}, {many} -> {few} collectives"
+    room = f"{gigabytes(before)} -> {gigabytes(after)} a device"
+    lines = [f"un-annotated weights, against the default rule: {gain}, {room} ({tried})"]
+    for change in search.changes[:SHOWN_CHANGES]:
+        size = " x ".join(map(str, change.shape))
+        moved = f"{split_words(change.before)} -> {split_words(change.after)}"
+        lines.append(f"  {change.pattern} x{change.count} ({size}): {moved}")
+    rest = search.changes[SHOWN_CHANGES:]
+    if rest:
+        lines.append(f"  and {sum(change.count for change in rest)} weights of {len(rest)} smaller kinds")
+    return lines
 
 
-def _seconds(time: StepTime) -> dict[str, float]:
-    return {"compute": time.compute, "memory": time.memory, "collectives": time.collectives, "total": time.total}
+def split_words(spec: PartitionSpec) -> str:
+    """``model along dimension 1``, or ``whole``."""
+    parts = [f"{','.join(axis_tuple(e))} along dimension {d}" for d, e in enumerate(spec) if e is not None]
+    return " and ".join(parts) or "whole"
 
 
 def _phases(candidate: Candidate) -> Iterator[str]:
@@ -137,10 +102,10 @@ def _phases(candidate: Candidate) -> Iterator[str]:
         yield f"moving between layouts: {milliseconds(candidate.switch)}"
 
 
-def _memory(plan: MeshPlan) -> list[str]:
+def _memory(plan: PlanOutcome) -> list[str]:
     """A bar of one device's memory."""
     memory, size = plan.chosen.memory, plan.cluster.device.memory_bytes
-    reserve = size - plannable_bytes(plan)
+    reserve = size - plan.available
     parts = memory_parts(memory) | {"free": max(0, size - reserve - memory.total), "reserve": reserve}
     marks = {"weights": "#", "cache": "=", "activations": "+", "inputs": ":", "free": ".", "reserve": "r"}
     bar, done = "", 0
@@ -154,7 +119,7 @@ def _memory(plan: MeshPlan) -> list[str]:
     return lines
 
 
-def _table(plan: MeshPlan) -> list[str]:
+def _table(plan: PlanOutcome) -> list[str]:
     names = [phase.name for phase in plan.chosen.phases]
     phases = names if len(names) > 1 else []
     rows = [("mesh", "layout", "weights", "cache", "activations", "total/device", *phases, "time", "")]
@@ -216,13 +181,13 @@ def _columns(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     return lines
 
 
-def _shown(groups: Sequence[WeightGroup], plan: MeshPlan) -> WeightGroup | None:
+def _shown(groups: Sequence[WeightGroup], plan: PlanOutcome) -> WeightGroup | None:
     """The weight to draw: the largest matrix that is split into most pieces."""
     matrices = [g for g in groups if len(g.shape) == 2 and max(pieces(g, plan.mesh)) <= _LARGEST_PICTURE]
     return max(matrices, key=lambda group: (group.parts, group.nbytes), default=None)
 
 
-def _picture(plan: MeshPlan, weight: WeightGroup) -> list[str]:
+def _picture(plan: PlanOutcome, weight: WeightGroup) -> list[str]:
     """How one matrix lies on the devices: its rows and columns cut into pieces, each naming who holds it."""
     mesh = plan.mesh
     down, across = pieces(weight, mesh)

@@ -10,8 +10,8 @@ from html import escape
 
 from spmd_infer.planning.drawing import Part, legend, mesh_picture, shares, weight_picture
 from spmd_infer.planning.estimates import Candidate, StepTime, gigabytes
-from spmd_infer.planning.explain import memory_parts, mesh_words, milliseconds, plannable_bytes, too_large
-from spmd_infer.planning.mesh_plan import MeshPlan
+from spmd_infer.planning.explain import memory_parts, mesh_words, milliseconds, tensor_search_words, too_large
+from spmd_infer.planning.outcome import PlanOutcome
 from spmd_infer.planning.weight_groups import weight_groups
 
 _SHOWN_GROUPS = 9
@@ -51,7 +51,7 @@ i.p3 { background: var(--c3); } i.p4 { background: var(--c4); } i.p5 { backgroun
 """
 
 
-def page(plan: MeshPlan) -> str:
+def page(plan: PlanOutcome) -> str:
     """The page: an XHTML document as text."""
     title = f"{plan.model} on {plan.cluster}"
     sections = [
@@ -72,7 +72,7 @@ def page(plan: MeshPlan) -> str:
     )
 
 
-def _head(plan: MeshPlan) -> Iterator[str]:
+def _head(plan: PlanOutcome) -> Iterator[str]:
     chosen = plan.chosen
     yield f"<h1>{escape(plan.model)} on {escape(str(plan.cluster))}</h1>"
     total = sum(layout.nbytes for layout in plan.weights)
@@ -91,7 +91,7 @@ def _head(plan: MeshPlan) -> Iterator[str]:
     yield f'<div class="facts">{cells}</div>'
 
 
-def _mesh(plan: MeshPlan) -> Iterator[str]:
+def _mesh(plan: PlanOutcome) -> Iterator[str]:
     cluster = plan.cluster
     device = cluster.device
     yield "<h2>The mesh over hosts and links</h2>"
@@ -114,9 +114,9 @@ def _mesh(plan: MeshPlan) -> Iterator[str]:
     yield _table(("mesh axis", "devices", "its collectives run"), reversed(rows))
 
 
-def _memory(plan: MeshPlan) -> Iterator[str]:
+def _memory(plan: PlanOutcome) -> Iterator[str]:
     size, used = plan.cluster.device.memory_bytes, plan.chosen.memory
-    reserve = size - plannable_bytes(plan)
+    reserve = size - plan.available
     numbers = memory_parts(used) | {"free": max(0, size - reserve - used.total), "kept free": reserve}
     parts = [Part(name, number, index) for index, (name, number) in enumerate(numbers.items())]
     yield "<h2>Memory of a device</h2>"
@@ -124,7 +124,7 @@ def _memory(plan: MeshPlan) -> Iterator[str]:
     yield legend(parts, gigabytes)
 
 
-def _times(plan: MeshPlan) -> Iterator[str]:
+def _times(plan: PlanOutcome) -> Iterator[str]:
     chosen = plan.chosen
     if chosen.time is None:
         return
@@ -152,7 +152,7 @@ def _time_parts(time: StepTime) -> list[Part]:
     ]
 
 
-def _weights(plan: MeshPlan) -> Iterator[str]:
+def _weights(plan: PlanOutcome) -> Iterator[str]:
     groups = weight_groups(plan.weights)
     yield "<h2>How the weights lie on it</h2>"
     yield "<p>By kind, those that take most memory of a device first. Each field is held by the devices it names.</p>"
@@ -167,13 +167,17 @@ def _weights(plan: MeshPlan) -> Iterator[str]:
             f"{gigabytes(group.device_bytes)} on a device</figcaption></figure>"
         )
     yield f'<div class="weights">{"".join(figures)}</div>'
+    if plan.tensors is not None:
+        said, *changes = tensor_search_words(plan.tensors)
+        yield f"<p>{escape(said[:1].upper() + said[1:])}.</p>"
+        yield f"<ul>{''.join(f'<li>{escape(change.strip())}</li>' for change in changes)}</ul>" if changes else ""
     rest = groups[_SHOWN_GROUPS:]
     if rest:
         size = gigabytes(sum(group.device_bytes for group in rest))
         yield f"<p>{len(rest)} smaller kinds take {size} on a device.</p>"
 
 
-def _candidates(plan: MeshPlan) -> Iterator[str]:
+def _candidates(plan: PlanOutcome) -> Iterator[str]:
     yield "<h2>All plans that were looked at</h2>"
     timed = [c.time.total for c in plan.candidates if c.time is not None]
     longest = min(max(timed), _CUT * plan.chosen.time.total) if plan.chosen.time is not None else 0.0
@@ -214,13 +218,13 @@ def _bar(candidate: Candidate, longest: float) -> str:
     return shares(parts, max(longest, 1e-12), 12, "time", milliseconds, width=150)
 
 
-def _verdict(plan: MeshPlan, candidate: Candidate) -> str:
+def _verdict(plan: PlanOutcome, candidate: Candidate) -> str:
     if candidate is plan.chosen:
         return "given" if plan.given else "chosen"
     return candidate.rejected
 
 
-def _notes(plan: MeshPlan) -> Iterator[str]:
+def _notes(plan: PlanOutcome) -> Iterator[str]:
     device = plan.cluster.device
     yield "<h2>What this rests on</h2>"
     for note in plan.notes:

@@ -16,6 +16,7 @@ from spmd_infer.planning.cost import MeshCost, Traffic, cost_of, is_cache, resha
 from spmd_infer.planning.estimates import RESERVE, Candidate, Memory, PhaseEstimate, StepTime, gigabytes
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout, weight_layouts
+from spmd_infer.planning.tensor_search import TensorSearch, bare, search_tensors
 from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.work import Work, deeper
 from spmd_infer.planning.workload import Workload
@@ -27,6 +28,8 @@ MOST_ROWS = 4096
 
 Rules = tuple[AxisRules, ...]
 """The rules of each phase."""
+
+_Laid = tuple[MeshSpec, tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class Planner:
         self._shallow = shallow
         self._model, self._cluster, self._phases, self._workload = model, cluster, phases, workload
         self._works: dict[tuple[str, int], Work | None] = {}
-        self._weights: dict[tuple[MeshSpec, int], list[WeightLayout]] = {}
-        self._costs: dict[tuple[MeshSpec, int, str, int], MeshCost] = {}
+        self._weights: dict[_Laid, tuple[list[WeightLayout], TensorSearch | None]] = {}
+        self._costs: dict[tuple[_Laid, int, str, int], MeshCost] = {}
+        self._annotated = model.params.keys() <= model.axes.keys()
         self.untraced = ""
 
     def assignments(self, mesh: MeshSpec) -> Iterator[Rules]:
@@ -93,9 +97,12 @@ class Planner:
         parts = max(rules.row_parts(mesh.shape) for rules in assigned)
         padded = -(-rows // parts) * parts
         if not self._phases:
-            cost = cost_of(mesh, assigned[0], self._layouts(mesh, assigned[0]), None, cluster)
+            cost = cost_of(mesh, assigned[0], self.weights(mesh, assigned, padded)[0], None, cluster)
             return self._judged(Candidate(mesh, cost.memory, None, "", "", assigned[0].name))
-        costs = [self._cost(mesh, rules, phase, padded) for phase, rules in zip(self._phases, assigned, strict=True)]
+        costs = [
+            self._cost(mesh, assigned, rules, phase, padded)
+            for phase, rules in zip(self._phases, assigned, strict=True)
+        ]
         memory = Memory(
             weights=costs[0].memory.weights,
             cache=max(cost.memory.cache for cost in costs),
@@ -150,17 +157,36 @@ class Planner:
         hosts = max(1, -(-mesh.size // self._cluster.per_host))
         return replace(self._cluster, count=mesh.size, hosts=hosts if mesh.size % hosts == 0 else 1)
 
-    def _layouts(self, mesh: MeshSpec, rules: AxisRules) -> list[WeightLayout]:
-        key = (mesh, id(rules))
+    def weights(self, mesh: MeshSpec, assigned: Rules, rows: int) -> tuple[list[WeightLayout], TensorSearch | None]:
+        """Where each weight goes, and what a search over those that name no axes came to."""
+        key = self._laid(mesh, assigned, rows)
         if key not in self._weights:
-            self._weights[key] = weight_layouts(self._model, rules, mesh.shape)
+            layouts = weight_layouts(self._model, assigned[0], mesh.shape)
+            works = [self._work(phase, rows) for phase in self._phases] if bare(layouts) and mesh.size > 1 else []
+            known = [(work, phase.times) for work, phase in zip(works, self._phases, strict=False) if work is not None]
+            if known and len(known) == len(self._phases):
+                cluster = self._part(mesh)
+
+                def estimate(tried: Sequence[WeightLayout], works: Sequence[Work]) -> list[MeshCost]:
+                    pairs = zip(assigned, works, strict=True)
+                    return [cost_of(mesh, rules, tried, work, cluster) for rules, work in pairs]
+
+                self._weights[key] = search_tensors(layouts, known, estimate, mesh.shape, self.available)
+            else:
+                self._weights[key] = layouts, None
         return self._weights[key]
 
-    def _cost(self, mesh: MeshSpec, rules: AxisRules, phase: Phase, rows: int) -> MeshCost:
-        key = (mesh, id(rules), phase.name, rows)
+    def _laid(self, mesh: MeshSpec, assigned: Rules, rows: int) -> _Laid:
+        """What the layout of the weights depends on: for models that name their axes, not the traffic."""
+        if self._annotated:
+            return mesh, (id(assigned[0]),), 0
+        return mesh, tuple(map(id, assigned)), rows
+
+    def _cost(self, mesh: MeshSpec, assigned: Rules, rules: AxisRules, phase: Phase, rows: int) -> MeshCost:
+        key = (self._laid(mesh, assigned, rows), id(rules), phase.name, rows)
         if key not in self._costs:
-            work = self._work(phase, rows)
-            self._costs[key] = cost_of(mesh, rules, self._layouts(mesh, rules), work, self._part(mesh))
+            work, (layouts, _) = self._work(phase, rows), self.weights(mesh, assigned, rows)
+            self._costs[key] = cost_of(mesh, rules, layouts, work, self._part(mesh))
         return self._costs[key]
 
     def _work(self, phase: Phase, rows: int) -> Work | None:

@@ -56,9 +56,10 @@ def make_plan(
     workload = workload or Workload()
     if not phases and inputs is not None:
         phases = (Phase("infer", None, inputs),)
-    searched = SEARCHED if mesh is None and not cluster.device.shared else (ONE_D,)
-    layouts = (rules,) if rules is not None else searched
-    with_units = tuple(each.with_units(units or {}) for each in layouts)
+    several = SEARCHED if model.axes else (ONE_D, WEIGHT_GATHERED)  # the others move only axes that are named
+    searched = several if mesh is None and not cluster.device.shared else (ONE_D,)
+    known = (rules,) if rules is not None else searched
+    with_units = tuple(each.with_units(units or {}) for each in known)
     planner = Planner(model, cluster, phases, workload, with_units, shallow)
     if mesh is not None:
         for each in planner.layouts:  # a collision on the caller's own mesh is the caller's to hear about
@@ -74,7 +75,9 @@ def make_plan(
         key=lambda c: (not c.memory.weights, score(c, workload), -c.mesh.shape.get(DATA, 1)),
     )
     base = next(iter(chosen.rules.values()), planner.layouts[0])
-    weights = tuple(weight_layouts(model, base, chosen.mesh.shape))
+    assigned = tuple(chosen.rules.values()) or (base,)
+    layouts, tensors = planner.weights(chosen.mesh, assigned, chosen.rows)
+    weights = tuple(layouts)
     generates = any(phase.name == "decode" for phase in phases)
     return MeshPlan(
         model=model.name,
@@ -86,6 +89,7 @@ def make_plan(
         workload=workload.describe(inputs, generates=generates),
         given=mesh is not None,
         notes=(*([planner.untraced] if planner.untraced else []), *_notes(weights, chosen.mesh)),
+        tensors=tensors,
     )
 
 
@@ -128,12 +132,17 @@ def _notes(layouts: tuple[WeightLayout, ...], mesh: MeshSpec) -> list[str]:
             whole.setdefault(layout.whole, []).append(layout)
     for reason, found in whole.items():
         size = sum(layout.nbytes for layout in found)
-        notes.append(f"{reason}: {len(found)} weights ({gigabytes(size)}) stay whole on every device of that axis")
+        largest = max(found, key=lambda layout: layout.nbytes)
+        named = f"such as {largest.path}, {gigabytes(largest.nbytes)}; " if len(found) > 1 else f"{largest.path}, "
+        notes.append(
+            f"{reason}: {len(found)} weights ({named}{gigabytes(size)}{' in all' * (len(found) > 1)}) stay whole on "
+            "every device of that axis"
+        )
     bare = [layout for layout in layouts if layout.axes is None]
     if bare and mesh.shape.get(MODEL, 1) > 1:
         split = [layout for layout in bare if layout.parts > 1]
         notes.append(
-            f"{len(bare)} of {len(layouts)} weights name no axes. Split over {MODEL} along the largest dimension that "
-            f"divides: {len(split)}; whole because small or indivisible: {len(bare) - len(split)}"
+            f"{len(bare)} of {len(layouts)} weights name no axes. The default rule splits the largest dimension that "
+            f"divides over {MODEL}, if the weight is not small; {len(split)} are split, {len(bare) - len(split)} whole"
         )
     return notes
