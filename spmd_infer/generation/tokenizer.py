@@ -143,6 +143,10 @@ class Tokenizer:
         """How many tokens there are, added ones included."""
         return self._core.get_vocab_size(with_added_tokens=True)
 
+    def serialized(self) -> str:
+        """The tokenizer as the text of a ``tokenizer.json``."""
+        return str(self._core.to_str())
+
     def encode(self, text: str, add_special: bool = True, *, max_length: int | None = None) -> list[int]:
         """The ids of ``text``.
 
