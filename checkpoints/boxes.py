@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy.typing as npt
 
 Box = tuple[tuple[int, int], ...]
 
@@ -30,6 +33,13 @@ def as_slices(box: Box) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
+def part(array: npt.NDArray[Any], box: Box) -> npt.NDArray[Any]:
+    """A view of a box of an array; also of one without dimensions, which plain indexing would make a number."""
+    index: tuple[Any, ...] = (*as_slices(box), ...)
+    view: npt.NDArray[Any] = array[index]
+    return view
+
+
 def intersection(a: Box, b: Box) -> Box | None:
     """What two boxes of one tensor share; None where that is nothing."""
     shared = tuple((max(start, other), min(stop, end)) for (start, stop), (other, end) in zip(a, b, strict=True))
@@ -44,7 +54,9 @@ def relative(box: Box, origin: Box) -> Box:
 def pieces(box: Box, itemsize: int, most_bytes: int) -> Iterator[Box]:
     """Cut a box into pieces of at most ``most_bytes``, each contiguous where the box lies in C order.
 
-    Pieces come in C order. A piece of one element may exceed the limit; an empty box has no pieces.
+    A dimension is cut into a power of two of equal parts where that goes, so that the pieces of a tensor are also those
+    of its halves and quarters. Pieces come in C order. A piece of one element may exceed the limit; an empty box has no
+    pieces.
     """
     if elements(box) == 0:
         return
@@ -58,6 +70,9 @@ def pieces(box: Box, itemsize: int, most_bytes: int) -> Iterator[Box]:
     start, stop = box[first]
     row = elements(box) * itemsize // (stop - start)
     rows = max(1, most_bytes // row)
+    parts = 1 << (-(-(stop - start) // rows) - 1).bit_length()
+    if (stop - start) % parts == 0:
+        rows = (stop - start) // parts
     for begin in range(start, stop, rows):
         part = (*box[:first], (begin, min(stop, begin + rows)), *box[first + 1 :])
         if row > most_bytes:

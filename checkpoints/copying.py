@@ -1,15 +1,15 @@
 """Tensors streamed from a reader into a new checkpoint: bounded memory, progress, going on after a kill.
 
-While one tensor is written the next is read, as long as both together stay within the largest tensor plus a little.
+A few threads each read a band of a tensor into memory that they use again for the next one, digest it and write it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -17,19 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints import quantise
-from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
-from spmd_infer.checkpoints.derived import piecewise, takes_whole
-from spmd_infer.checkpoints.file_bytes import aligned_empty
-from spmd_infer.checkpoints.reader import Reader, TensorInfo
+from spmd_infer.checkpoints.boxes import Box, box_shape, elements, part
+from spmd_infer.checkpoints.derived import stored_chunks
+from spmd_infer.checkpoints.file_bytes import Scratch
+from spmd_infer.checkpoints.manifest import Chunk
+from spmd_infer.checkpoints.pipeline import Pipeline
+from spmd_infer.checkpoints.reader import Reader, TensorInfo, read_into, takes_whole
 from spmd_infer.errors import CheckpointError
 
-AHEAD_BYTES = 256 << 20
-"""How far memory may exceed the largest tensor so that the next one can be read ahead."""
+BUDGET_BYTES = 256 << 20
+"""How many bytes of bands may be under way."""
 
-SLACK_BYTES = 256 << 20
-"""What chunks under way, hashing and the interpreter are allowed beside the tensors."""
+SLACK_BYTES = 512 << 20
+"""What bands under way, their casts and the interpreter may take beside tensors that must be held whole."""
 
-_BLOCK_BYTES = 16 << 20
 Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
 
@@ -66,7 +67,7 @@ class CopyPlan:
         tensors: how many tensors there are.
         read_bytes: bytes that are read from the source.
         write_bytes: bytes that are written, and so disk space that is needed.
-        largest_bytes: bytes of the largest tensor in memory.
+        largest_bytes: bytes of the largest tensor.
         peak_bytes: the most memory that the copy takes beyond the page cache.
     """
 
@@ -81,6 +82,25 @@ class CopyPlan:
         return max(self.read_bytes / read_rate, self.write_bytes / write_rate) + self.write_bytes / check_rate
 
 
+class Writing(Protocol):
+    """One tensor on its way into a new checkpoint."""
+
+    @property
+    def bands(self) -> Sequence[Box]:
+        """Boxes that tile the tensor: in which pieces its values are wanted."""
+        ...
+
+    def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
+        """Write one band; called from several threads.
+
+        Args:
+            band: one of ``bands``.
+            values: its values, in memory that is used again afterwards.
+            known: chunks of the source with the same values, whose digests need not be computed again.
+        """
+        ...
+
+
 class Sink(Protocol):
     """Where tensors go, in a work folder; it remembers what a run before has finished."""
 
@@ -89,26 +109,29 @@ class Sink(Protocol):
         """Tensors that need not be written again."""
         ...
 
-    def write(self, info: TensorInfo, values: Callable[[Box], Array]) -> None:
-        """Write one tensor from a function that gives its values in a box."""
+    def begin(self, info: TensorInfo) -> Any:
+        """Begin to write a tensor; returns its ``Writing``."""
+        ...
+
+    def end(self, info: TensorInfo, writing: Any) -> None:
+        """Note that all of a tensor is written; called in the order of ``begin``."""
         ...
 
 
 def plan_copy(reader: Reader, quantisation: Quantisation | None = None) -> CopyPlan:
     """What copying a checkpoint takes, from its header alone."""
-    largest = written = 0
+    largest = written = held = 0
     for info in reader.tensors.values():
-        memory, disk = info.size * info.dtype.itemsize, info.size * info.dtype.itemsize
+        memory = disk = info.size * info.dtype.itemsize
         group = quantisation.group_for(info) if quantisation else None
         if quantisation is not None and group is not None:
             values, scales = quantise.stored_shapes(quantisation.kind, info.shape, group)
             disk = prod(values) + prod(scales) * 4
-            memory += disk
         if takes_whole(reader, info.name):
-            memory *= 2
+            held = max(held, 2 * memory)
         largest, written = max(largest, memory), written + disk
     read = sum(info.nbytes for info in reader.tensors.values())
-    return CopyPlan(len(reader.tensors), read, written, largest, largest + AHEAD_BYTES + SLACK_BYTES)
+    return CopyPlan(len(reader.tensors), read, written, largest, held + SLACK_BYTES)
 
 
 def copy_tensors(reader: Reader, sink: Sink, advance: Advance) -> None:
@@ -119,32 +142,40 @@ def copy_tensors(reader: Reader, sink: Sink, advance: Advance) -> None:
         sink: where to.
         advance: called with the bytes of each tensor, in its own dtype, when it has been written.
     """
-    todo = []
-    for info in reader.tensors.values():
-        if info.name in sink.done:
-            advance(info.nbytes)
-        else:
-            todo.append(info)
-    largest = max((_bytes(info) for info in todo), default=0)
-    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-read") as ahead:
-        upcoming = None
-        for position, info in enumerate(todo):
-            tensor = upcoming.result() if upcoming is not None else _whole(reader, info)
-            following = todo[position + 1] if position + 1 < len(todo) else None
-            upcoming = None
-            if following is not None and _bytes(info) + _bytes(following) <= largest + AHEAD_BYTES:
-                upcoming = ahead.submit(_whole, reader, following)
-            sink.write(info, _held(tensor))
-            del tensor
-            advance(info.nbytes)
+    scratch = Scratch()
+    with Pipeline(BUDGET_BYTES, "checkpoint-copy") as line:
+        for info in reader.tensors.values():
+            if info.name in sink.done:
+                advance(info.nbytes)
+                continue
+            writing = sink.begin(info)
+            if takes_whole(reader, info.name):
+                line.run(2 * _bytes(info), partial(_move_whole, reader, info, writing))
+            else:
+                known = stored_chunks(reader, info.name)
+                for band in writing.bands:
+                    nbytes = elements(band) * info.dtype.itemsize
+                    line.run(nbytes, partial(_move, reader, info, writing, band, scratch, known))
+            line.then(partial(_ended, sink, info, writing, advance))
 
 
-def blocks(info: TensorInfo) -> Iterator[Box]:
-    """A tensor in blocks of whole rows, for work that needs a row at a time."""
-    rows = info.shape[:-1]
-    row_bytes = max(1, info.shape[-1] * 4)
-    for box in pieces(whole(rows), row_bytes, _BLOCK_BYTES):
-        yield (*box, (0, info.shape[-1]))
+def _move(
+    reader: Reader, info: TensorInfo, writing: Writing, band: Box, scratch: Scratch, known: Mapping[Box, Chunk]
+) -> None:
+    values = scratch.take(box_shape(band), info.dtype)
+    read_into(reader, info.name, band, values)
+    writing.put(band, values, known)
+
+
+def _move_whole(reader: Reader, info: TensorInfo, writing: Writing) -> None:
+    tensor = reader.read(info.name)
+    for band in writing.bands:
+        writing.put(band, np.ascontiguousarray(part(tensor, band)))
+
+
+def _ended(sink: Sink, info: TensorInfo, writing: Writing, advance: Advance) -> None:
+    sink.end(info, writing)
+    advance(info.nbytes)
 
 
 def work_key(reader: Reader, options: Mapping[str, Any]) -> str:
@@ -156,19 +187,5 @@ def work_key(reader: Reader, options: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _held(tensor: Array) -> Callable[[Box], Array]:
-    return lambda box: tensor[as_slices(box)]
-
-
 def _bytes(info: TensorInfo) -> int:
     return info.size * info.dtype.itemsize
-
-
-def _whole(reader: Reader, info: TensorInfo) -> Array:
-    """A tensor in memory: in one read where that is what it takes, else piece by piece so that casts stay small."""
-    if takes_whole(reader, info.name) or not piecewise(reader, info.name):
-        return reader.read(info.name)
-    out = aligned_empty(info.shape, info.dtype)
-    for box in pieces(whole(info.shape), info.dtype.itemsize, _BLOCK_BYTES):
-        np.copyto(out[as_slices(box)], reader.read(info.name, as_slices(box)))
-    return out

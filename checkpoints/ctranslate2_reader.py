@@ -31,7 +31,6 @@ class CTranslate2Reader:
     """
 
     stored = "ctranslate2"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

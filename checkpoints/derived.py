@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices
-from spmd_infer.checkpoints.quantise import KINDS as QUANTISED
-from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo, bounds, find_tensor
+from spmd_infer.checkpoints.manifest import Chunk
+from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo, bounds, find_tensor, read_into, takes_whole
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes, Source
 
@@ -34,13 +35,13 @@ class Derived:
         info: how it looks from outside.
         read: its values in a box.
         takes_whole: whether reading any part of it takes the whole of what it is made from.
-        piecewise: whether it is better read in pieces, because reading takes more memory than the result.
+        origin: the tensor underneath that has the same bytes; None where none does.
     """
 
     info: TensorInfo
     read: Callable[[Box], Array]
     takes_whole: bool = False
-    piecewise: bool = False
+    origin: str | None = None
 
 
 class DerivedReader:
@@ -92,11 +93,23 @@ class DerivedReader:
         info = find_tensor(self.tensors, name, self.path)
         return self.derived[name].read(bounds(index, info))
 
+    def read_into(self, name: str, box: Box, out: Array) -> None:
+        """Read a box of a tensor into memory that is there; see ``Reader``."""
+        tensor = self.derived[name]
+        if tensor.origin is not None:
+            read_into(self.base, tensor.origin, box, out)
+        else:
+            np.copyto(out, tensor.read(box))
+
+    def takes_whole(self, name: str) -> bool:
+        """Whether a tensor should be read all at once; see ``Reader``."""
+        return self.derived[name].takes_whole
+
 
 def same(base: Reader, name: str, info: TensorInfo | None = None) -> Derived:
     """A tensor as it is underneath, under a name and description that may differ."""
     read: Callable[[Box], Array] = lambda box: base.read(name, as_slices(box))  # noqa: E731 - one expression
-    return Derived(info or base.tensors[name], read, takes_whole(base, name), piecewise(base, name))
+    return Derived(info or base.tensors[name], read, takes_whole(base, name), origin=name)
 
 
 def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...]) -> Derived:
@@ -117,7 +130,7 @@ def from_source(base: Reader, path: str, source: Source, shape: tuple[int, ...])
             result,
             lambda box: _turned(base, source.name, order, box),
             takes_whole(base, source.name),
-            piecewise(base, source.name),
+            origin=source.name if order is None else None,
         )
 
     def read(box: Box) -> Array:
@@ -175,7 +188,10 @@ def by_stored_name(
         shape = info.shape if back is None else tuple(info.shape[d] for d in back)
         result = TensorInfo(source.name, shape, info.dtype, info.nbytes, info.file, info.stored_as)
         tensors[source.name] = Derived(
-            result, partial(_turned, base, path, back), takes_whole(base, path), piecewise(base, path)
+            result,
+            partial(_turned, base, path, back),
+            takes_whole(base, path),
+            origin=path if back is None else None,
         )
     for name, info in base.tensors.items():
         if unused and name.startswith(UNUSED):
@@ -202,21 +218,19 @@ def with_dtype(base: Reader, dtype: np.dtype[Any], axes: Mapping[str, Axes] | No
             cast(values, out, name)
             return out
 
-        return Derived(result, read, takes_whole(base, name), piecewise=True)
+        return Derived(result, read, takes_whole(base, name))
 
     return DerivedReader(base, {name: changed(name, info) for name, info in base.tensors.items()})
 
 
-def takes_whole(reader: Reader, name: str) -> bool:
-    """Whether a slice of a tensor should be read by reading all of it."""
-    return isinstance(reader, DerivedReader) and reader.derived[name].takes_whole
-
-
-def piecewise(reader: Reader, name: str) -> bool:
-    """Whether a whole tensor should be read piece by piece, because reading it takes memory beside the result."""
-    if isinstance(reader, DerivedReader):
-        return reader.derived[name].piecewise
-    return reader.tensors[name].stored_as in QUANTISED
+def stored_chunks(reader: Reader, name: str) -> Mapping[Box, Chunk]:
+    """The chunks of a native checkpoint whose bytes are a tensor's own; none where it is changed on the way."""
+    while isinstance(reader, DerivedReader):
+        origin = reader.derived[name].origin
+        if origin is None:
+            return {}
+        reader, name = reader.base, origin
+    return reader.stored_chunks(name) if isinstance(reader, NativeReader) else {}
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,21 @@ def aligned_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + nbytes].view(dtype).reshape(tuple(shape))
+
+
+class Scratch(threading.local):
+    """Memory that each thread uses again and again: fresh memory costs the system more than reading a file does."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_empty((0,), np.uint8)
+
+    def take(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Memory for an array; what was taken before in this thread must no longer be used."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._memory.size < nbytes:
+            self._memory = aligned_empty((nbytes,), np.uint8)
+        return self._memory[:nbytes].view(dtype).reshape(tuple(shape))
 
 
 class FileBytes:
@@ -80,21 +96,25 @@ class FileBytes:
     def read(
         self, offset: int, shape: Sequence[int], dtype: npt.DTypeLike, wanted: Sequence[tuple[int, int]]
     ) -> npt.NDArray[Any]:
-        """A box of an array that lies in C order from ``offset`` on.
+        """A box of an array that lies in C order from ``offset`` on, in fresh memory; see ``read_into``."""
+        out = aligned_empty([stop - start for start, stop in wanted], dtype)
+        self.read_into(offset, shape, wanted, out)
+        return out
+
+    def read_into(
+        self, offset: int, shape: Sequence[int], wanted: Sequence[tuple[int, int]], out: npt.NDArray[Any]
+    ) -> None:
+        """Read a box of an array that lies in C order from ``offset`` on.
 
         Args:
             offset: where in the file the array's first element is.
             shape: the whole array's shape.
-            dtype: its dtype.
             wanted: start and stop in each dimension.
-
-        Returns:
-            The box as a fresh C-ordered array, aligned for the device.
+            out: where to; C-ordered, of the box's shape and the array's dtype.
         """
-        dtype = np.dtype(dtype)
-        out = aligned_empty([stop - start for start, stop in wanted], dtype)
         if out.size == 0:
-            return out
+            return
+        dtype = out.dtype
         flat = out.reshape(-1).view(np.uint8)
         strides = [math.prod(shape[d + 1 :]) * dtype.itemsize for d in range(len(shape))]
         base = offset + sum(start * stride for (start, _), stride in zip(wanted, strides, strict=True))
@@ -102,13 +122,12 @@ class FileBytes:
         cut = max((d for d, (start, stop) in enumerate(wanted) if stop - start != shape[d]), default=0)
         if not shape or cut == 0:
             self.fill(flat, base)
-            return out
+            return
         run = (wanted[cut][1] - wanted[cut][0]) * strides[cut]
         if strides[cut - 1] - run >= _WORTH_SKIPPING:
             self._read_runs(flat, base, run, [stop - start for start, stop in wanted[:cut]], strides[:cut])
         else:
             self._read_through(flat, base, run, [stop - start for start, stop in wanted[:cut]], strides[:cut])
-        return out
 
     def _read_runs(
         self, flat: npt.NDArray[np.uint8], base: int, run: int, counts: list[int], strides: list[int]

@@ -37,7 +37,6 @@ class GgufReader:
     """Reader of one GGUF file; its metadata hold the file's fields, tokenizer and chat template among them."""
 
     stored = "gguf"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
+from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, elements, part, pieces, relative
 from spmd_infer.checkpoints.casting import cast, cast_problem
 from spmd_infer.checkpoints.file_bytes import aligned_empty
-from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.checkpoints.pipeline import Pipeline
+from spmd_infer.checkpoints.reader import Reader, read_into, takes_whole
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Source
 
 logger = logging.getLogger("spmd_infer.checkpoints")
 
 DEFAULT_BUDGET_BYTES = 256 << 20
-_MOST_WORKERS = 4
+_PIECE_BYTES = 16 << 20
 
 # Tensors that checkpoints carry but models compute: not worth a word when they are left over.
 _BUFFERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked|inv_freq|masked_bias|rope_freqs\.weight)$")
 
-Bounds = tuple[tuple[int, int], ...]
 Progress = Callable[[int, int], None]
 
 
@@ -43,9 +43,9 @@ def load_onto(
     """Read every weight of a model onto the devices that its sharding names.
 
     Each distinct slice is read once, however many devices hold it, and only slices for this process's devices are
-    read. Several weights are under way at a time, as long as the host memory that they take stays within the budget;
-    one weight may exceed it alone. On devices that share the host's memory the array takes over the buffer that the
-    file was read into; nothing else refers to that buffer, and equal slices on several such devices share it.
+    read. A few threads read pieces of slices, as long as the host memory that they take stays within the budget; one
+    piece may exceed it alone. On devices that share the host's memory the array takes over the buffer that the file
+    was read into; nothing else refers to that buffer, and equal slices on several such devices share it.
 
     Args:
         reader: an open checkpoint.
@@ -68,18 +68,28 @@ def load_onto(
     left = unused_tensors(reader, table)
     if left:
         logger.info("%s: %d tensors are not used: %s", reader.path, len(left), ", ".join(left[:20]))
-    total, done = sum(job.nbytes for job in jobs), 0
+    total = sum(job.nbytes for job in jobs)
     loaded: dict[str, jax.Array] = {}
-    workers = max(1, min(_MOST_WORKERS, os.cpu_count() or 1))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="checkpoint")
-    try:
-        for job, array in _run(jobs, pool, reader, budget_bytes):
-            loaded[job.path] = array
-            done += job.nbytes
-            if on_progress is not None:
-                on_progress(done, total)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    done = 0
+
+    def ended(job: _Job, pieces_of_it: Mapping[jax.Device, jax.Array]) -> None:
+        nonlocal done
+        loaded[job.path] = jax.make_array_from_single_device_arrays(
+            job.shape, job.sharding, list(pieces_of_it.values()), dtype=job.dtype
+        )
+        done += job.nbytes
+        if on_progress is not None:
+            on_progress(done, total)
+
+    with Pipeline(budget_bytes) as line:
+        for job in jobs:
+            placed: dict[jax.Device, jax.Array] = {}
+            if job.source.transform is not None:
+                line.run(job.host_bytes, partial(_place_transformed, reader, job, placed))
+            else:
+                for box, devices in job.boxes.items():
+                    _read_box(line, reader, job, box, devices, placed)
+            line.then(partial(ended, job, placed))
     return {path: loaded[path] for path in abstract}
 
 
@@ -98,20 +108,18 @@ class _Job:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     sharding: jax.sharding.Sharding
-    boxes: Mapping[Bounds, Sequence[jax.Device]]
+    boxes: Mapping[Box, Sequence[jax.Device]]
     stored_dtype: np.dtype[Any]
     stored_size: int
 
     @property
     def nbytes(self) -> int:
-        return sum(_count(box) for box in self.boxes) * self.dtype.itemsize
+        return sum(elements(box) for box in self.boxes) * self.dtype.itemsize
 
     @property
     def host_bytes(self) -> int:
-        """The most host memory that is taken while the parameter is under way, beyond the arrays themselves."""
-        if self.source.transform is not None:
-            return self.stored_size * (self.stored_dtype.itemsize + self.dtype.itemsize) * 2
-        return max(map(_count, self.boxes), default=0) * (self.stored_dtype.itemsize + self.dtype.itemsize)
+        """The most host memory that a parameter with a transform takes while it is under way."""
+        return self.stored_size * (self.stored_dtype.itemsize + self.dtype.itemsize) * 2
 
 
 def _plan(reader: Reader, table: Mapping[str, Source], abstract: Mapping[str, jax.ShapeDtypeStruct]) -> list[_Job]:
@@ -131,10 +139,10 @@ def _plan(reader: Reader, table: Mapping[str, Source], abstract: Mapping[str, ja
         source = table[path]
         info = reader.tensors[source.name]
         sharding = wanted.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        boxes: dict[Bounds, list[jax.Device]] = {}
+        boxes: dict[Box, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(wanted.shape).items():
-            pieces = [piece.indices(size) for piece, size in zip(index or (), wanted.shape, strict=True)]
-            boxes.setdefault(tuple((start, stop) for start, stop, _ in pieces), []).append(device)
+            bounds = [piece.indices(size) for piece, size in zip(index or (), wanted.shape, strict=True)]
+            boxes.setdefault(tuple((start, stop) for start, stop, _ in bounds), []).append(device)
         jobs.append(_Job(path, source, tuple(wanted.shape), _on_device(wanted), sharding, boxes, info.dtype, info.size))
     if problems:
         lines = "\n".join(f"  {line}" for line in problems)
@@ -168,47 +176,51 @@ def _on_device(wanted: jax.ShapeDtypeStruct) -> np.dtype[Any]:
     return np.dtype(jax.dtypes.canonicalize_dtype(wanted.dtype))
 
 
-def _run(
-    jobs: Sequence[_Job], pool: ThreadPoolExecutor, reader: Reader, budget_bytes: int
-) -> Iterator[tuple[_Job, jax.Array]]:
-    """Run the jobs, as many at a time as the budget allows; yields each as it ends."""
-    running: dict[Future[jax.Array], _Job] = {}
-    taken = 0
-    for job in jobs:
-        while running and taken + job.host_bytes > budget_bytes:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                ended = running.pop(future)
-                taken -= ended.host_bytes
-                yield ended, future.result()
-        running[pool.submit(_load, reader, job)] = job
-        taken += job.host_bytes
-    while running:
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            yield running.pop(future), future.result()
+def _read_box(
+    line: Pipeline,
+    reader: Reader,
+    job: _Job,
+    box: Box,
+    devices: Sequence[jax.Device],
+    placed: dict[jax.Device, jax.Array],
+) -> None:
+    """Have one slice read, in pieces, into memory of its own, and then put on the devices that hold it.
+
+    A device on the host takes that memory over without a copy.
+    """
+    name, order = job.source.name, job.source.transpose
+    ready = aligned_empty(box_shape(box), job.dtype)
+    view, stored = ready, box  # the slice as the checkpoint orders its dimensions
+    if order is not None:
+        back = [order.index(dimension) for dimension in range(len(order))]
+        view, stored = ready.transpose(back), tuple(box[position] for position in back)
+    whole = takes_whole(reader, name)
+    for piece in [stored] if whole else pieces(stored, job.stored_dtype.itemsize, _PIECE_BYTES):
+        nbytes = elements(piece) * (job.stored_dtype.itemsize + job.dtype.itemsize)
+        line.run(nbytes, partial(_fill, reader, name, piece, part(view, relative(piece, stored))))
+    line.then(partial(_place, ready, devices, placed))
 
 
-def _load(reader: Reader, job: _Job) -> jax.Array:
-    whole = _transformed(reader, job) if job.source.transform is not None else None
-    pieces: dict[jax.Device, jax.Array] = {}
+def _fill(reader: Reader, name: str, piece: Box, target: npt.NDArray[Any]) -> None:
+    if target.flags.c_contiguous and target.dtype == reader.tensors[name].dtype:
+        read_into(reader, name, piece, target)
+    else:
+        cast(reader.read(name, as_slices(piece)), target, name)
+
+
+def _place(ready: npt.NDArray[Any], devices: Sequence[jax.Device], placed: dict[jax.Device, jax.Array]) -> None:
+    arrays = [jax.device_put(ready, device) for device in devices]
+    jax.block_until_ready(arrays)  # the host's memory is free (or taken over) before more is read
+    placed.update(zip(devices, arrays, strict=True))
+
+
+def _place_transformed(reader: Reader, job: _Job, placed: dict[jax.Device, jax.Array]) -> None:
+    tensor = _transformed(reader, job)
     for box, devices in job.boxes.items():
-        piece = _read_box(reader, job, box) if whole is None else whole[tuple(slice(*b) for b in box)]
-        ready = _for_device(piece, job, fresh=whole is None and getattr(reader, "fresh_reads", False))
-        del piece
-        placed = [jax.device_put(ready, device) for device in devices]
-        del ready
-        jax.block_until_ready(placed)  # the host buffer is free (or taken over) before the next slice is read
-        pieces.update(zip(devices, placed, strict=True))
-    return jax.make_array_from_single_device_arrays(job.shape, job.sharding, list(pieces.values()), dtype=job.dtype)
-
-
-def _read_box(reader: Reader, job: _Job, box: Bounds) -> npt.NDArray[Any]:
-    order = job.source.transpose
-    if order is None:
-        return reader.read(job.source.name, tuple(slice(*b) for b in box))
-    stored = [slice(None)] * len(order)
-    for position, dimension in enumerate(order):
-        stored[dimension] = slice(*box[position])
-    return reader.read(job.source.name, tuple(stored)).transpose(order)
+        piece = part(tensor, box)
+        ready = aligned_empty(piece.shape, job.dtype)  # nothing else may refer to what a device takes over
+        cast(piece, ready, job.source.name)
+        _place(ready, devices, placed)
 
 
 def _transformed(reader: Reader, job: _Job) -> npt.NDArray[Any]:
@@ -223,23 +235,3 @@ def _transformed(reader: Reader, job: _Job) -> npt.NDArray[Any]:
             f"but its transform made {list(result.shape)}"
         )
     return result
-
-
-def _for_device(piece: npt.NDArray[Any], job: _Job, *, fresh: bool) -> npt.NDArray[Any]:
-    """The slice in the device's dtype and order, in memory that nothing else refers to.
-
-    A device on the host may take that memory over without a copy, so a reader's result is passed on only where the
-    reader promises that it is fresh.
-    """
-    if fresh and piece.dtype == job.dtype and piece.flags.c_contiguous:
-        return piece
-    ready = aligned_empty(piece.shape, job.dtype)
-    cast(piece, ready, job.source.name)
-    return ready
-
-
-def _count(box: Bounds) -> int:
-    count = 1
-    for start, stop in box:
-        count *= stop - start
-    return count

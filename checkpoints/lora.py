@@ -70,7 +70,7 @@ def _merged(base: Reader, name: str, weights: Reader, down: str, up: str, scale:
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or info.shape != (b.shape[0], a.shape[1]):
         raise CheckpointError(f"{a} and {b} do not make a change of {info}")
     read = partial(_read, base, name, weights, down, up, scale)
-    return Derived(info, read, piecewise=True)
+    return Derived(info, read)
 
 
 def _read(base: Reader, name: str, weights: Reader, down: str, up: str, scale: float, box: Box) -> Array:

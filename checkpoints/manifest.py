@@ -8,8 +8,9 @@ A native checkpoint is a folder::
     tokenizer.json, …       files that belong to the model, copied as they were
 
 A chunk is a box of one tensor in C order. Chunks tile each tensor and each data file, so that every byte has a digest
-that says to which tensor it belongs. The digest of a data file is the SHA-256 of its chunks' digests (32 bytes each, in
-the order in which they lie in it); that of any other file is the SHA-256 of its bytes.
+that says to which tensor it belongs: SHA-256, and BLAKE3 for loading. The digest of a data file is the SHA-256 of its
+chunks' SHA-256 (32 bytes each, in the order in which they lie in it); that of any other file is the SHA-256 of its
+bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
         nbytes: its bytes.
         start: the box's first index in each dimension.
         stop: one past its last.
-        sha256: digest of its bytes, in hexadecimal.
+        sha256: SHA-256 of its bytes, in hexadecimal.
+        blake3: their BLAKE3, with which they are checked while they are loaded; empty in checkpoints that have none,
+            where SHA-256 takes its place.
     """
 
     file: int
@@ -66,6 +69,7 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
     start: tuple[int, ...]
     stop: tuple[int, ...]
     sha256: str
+    blake3: str = ""
 
     @property
     def box(self) -> Box:
@@ -289,7 +293,8 @@ def _check_array(name: str, entry: ArrayEntry, file: Path) -> None:
     if entry.axes is not None and len(entry.axes) != len(entry.shape):
         raise CheckpointError(f"{file}: tensor {name!r} of shape {list(entry.shape)} has axes {list(entry.axes)}")
     for chunk in entry.chunks:
-        if len(chunk.start) != len(chunk.stop) or not _is_digest(chunk.sha256):
+        digests = _is_digest(chunk.sha256) and (chunk.blake3 == "" or _is_digest(chunk.blake3))
+        if len(chunk.start) != len(chunk.stop) or not digests:
             raise CheckpointError(f"{file}: tensor {name!r} has a chunk {chunk} that is none")
         if chunk.offset < 0 or chunk.nbytes != elements(chunk.box) * dtype.itemsize:
             raise CheckpointError(

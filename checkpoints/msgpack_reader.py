@@ -49,7 +49,6 @@ class MsgpackReader:
     """Reader of one msgpack file; names are the dicts' keys joined by dots."""
 
     stored = "msgpack"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,6 +82,10 @@ class MsgpackReader:
             self._bytes.fill(raw[done : done + nbytes], offset)
             done += nbytes
         return np.ascontiguousarray(out[as_slices(wanted)])
+
+    def takes_whole(self, name: str) -> bool:
+        """Whether a tensor lies in several runs, so that it is best read all at once; see ``Reader``."""
+        return len(self._arrays[name].runs) > 1
 
     def _collect(self, path: tuple[str, ...], value: Any) -> None:
         name = ".".join(path)

@@ -6,15 +6,15 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.checkpoints import quantise
-from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, elements, intersection, relative
+from spmd_infer.checkpoints import digests, quantise
+from spmd_infer.checkpoints.boxes import Box, box_shape, elements, intersection, part, relative
 from spmd_infer.checkpoints.file_bytes import FileBytes, aligned_empty
 from spmd_infer.checkpoints.folder_files import read_json
 from spmd_infer.checkpoints.manifest import (
@@ -52,7 +52,6 @@ class NativeReader:
     """
 
     stored = "native"
-    fresh_reads = True
 
     def __init__(self, path: Path, verify: Verify = "full") -> None:
         if verify not in ("full", "fast"):
@@ -92,39 +91,78 @@ class NativeReader:
         """
         info = find_tensor(self.tensors, name, self.path)
         box = bounds(index, info)
+        out = aligned_empty(box_shape(box), info.dtype)
+        self.read_into(name, box, out)
+        return out
+
+    def read_into(self, name: str, box: Box, out: npt.NDArray[Any]) -> None:
+        """Read a box of a tensor into memory that is there; see ``Reader``."""
         quantised = self.manifest.quantised.get(name)
         if quantised is None:
-            return self._read_array(name, self.manifest.arrays[name], box)
-        out = aligned_empty(box_shape(box), info.dtype)
-        if out.size:
+            self._read_array(name, box, out)
+        elif out.size:
             wanted = quantise.stored_boxes(quantised.kind, box, quantised.group)
             values, scales = (
-                self._read_array(part, self.manifest.arrays[part], part_box)
+                self.read_stored(part, part_box)
                 for part, part_box in zip((quantised.values, quantised.scales), wanted, strict=True)
             )
             quantise.dequantise(quantised.kind, values, scales, box, quantised.group, out)
-        return out
 
     def read_stored(self, name: str, box: Box) -> npt.NDArray[Any]:
         """A box of a stored array, the parts of quantised tensors among them."""
-        return self._read_array(name, self.manifest.arrays[name], box)
+        out = aligned_empty(box_shape(box), DTYPES[self.manifest.arrays[name].dtype])
+        self._read_array(name, box, out)
+        return out
 
-    def check_chunk(self, name: str, chunk: Chunk) -> None:
-        """Read one chunk of a stored array and compare its digest."""
-        self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
+    def stored_chunks(self, name: str) -> Mapping[Box, Chunk]:
+        """The chunks of a tensor by their boxes; none where it is stored quantised."""
+        entry = self.manifest.arrays.get(name)
+        return {chunk.box: chunk for chunk in entry.chunks} if entry is not None else {}
+
+    def chunk_blocks(
+        self, name: str, chunk: Chunk, kind: digests.Kind, memory: npt.NDArray[np.uint8]
+    ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """The bytes of one chunk of a stored array, block by block, and at the end one of its digests compared.
+
+        Args:
+            name: the array.
+            chunk: one of its chunks.
+            kind: which digest.
+            memory: where to read to: as large as the chunk, or one block that is used again.
+
+        Yields:
+            Where a block begins in the chunk, and its bytes.
+
+        Raises:
+            CheckpointError: the chunk is damaged.
+        """
+        digest = digests.new(kind)
+        for start in range(0, chunk.nbytes, digests.BLOCK_BYTES):
+            at = start if memory.size >= chunk.nbytes else 0
+            block = memory[at : at + min(digests.BLOCK_BYTES, chunk.nbytes - start)]
+            self._files[chunk.file].fill(block, chunk.offset + start)
+            digest.update(block.data)
+            yield start, block
+        found, wanted = digest.hexdigest(), chunk.sha256 if kind == "sha256" else chunk.blake3
+        if found != wanted:
+            raise CheckpointError(
+                f"{self._files[chunk.file].path}: tensor {name!r} is damaged: bytes {chunk.offset} to "
+                f"{chunk.offset + chunk.nbytes} (its part {list(chunk.box)}) have {digests.NAMES[kind]} {found}, "
+                f"expected {wanted}"
+            )
 
     def file_of(self, chunk: Chunk) -> Path:
         """The data file that a chunk lies in."""
         return self._files[chunk.file].path
 
-    def _read_array(self, name: str, entry: ArrayEntry, box: Box) -> npt.NDArray[Any]:
+    def _read_array(self, name: str, box: Box, out: npt.NDArray[Any]) -> None:
+        entry = self.manifest.arrays[name]
         dtype = DTYPES[entry.dtype]
-        out = aligned_empty(box_shape(box), dtype)
         for chunk in entry.chunks:
             shared = intersection(chunk.box, box) if entry.shape else ()
             if shared is None or out.size == 0:
                 continue
-            target = out[as_slices(relative(shared, box))] if entry.shape else out
+            target = part(out, relative(shared, box))
             unchecked = self.verify == "full" and (chunk.file, chunk.offset) not in self._verified
             if elements(shared) == elements(chunk.box) and target.flags.c_contiguous:
                 raw = target.reshape(-1).view(np.uint8)
@@ -135,21 +173,14 @@ class NativeReader:
             elif unchecked:
                 raw = self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
                 piece = raw.view(dtype).reshape(box_shape(chunk.box))
-                np.copyto(target, piece[as_slices(relative(shared, chunk.box))])
+                np.copyto(target, part(piece, relative(shared, chunk.box)))
             else:
                 shape, wanted = box_shape(chunk.box), relative(shared, chunk.box)
                 np.copyto(target, self._files[chunk.file].read(chunk.offset, shape, dtype, wanted))
-        return out
 
     def _verified_bytes(self, name: str, chunk: Chunk, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        self._files[chunk.file].fill(raw, chunk.offset)
-        found = hashlib.sha256(raw.data if raw.size else b"").hexdigest()
-        if found != chunk.sha256:
-            raise CheckpointError(
-                f"{self._files[chunk.file].path}: tensor {name!r} is damaged: bytes {chunk.offset} to "
-                f"{chunk.offset + chunk.nbytes} (its part {list(chunk.box)}) have SHA-256 {found}, "
-                f"expected {chunk.sha256}"
-            )
+        for _ in self.chunk_blocks(name, chunk, "blake3" if chunk.blake3 else "sha256", raw):
+            pass
         self._verified.add((chunk.file, chunk.offset))
         return raw
 
@@ -178,7 +209,7 @@ class NativeReader:
         chunks = [(name, chunk) for name, entry in self.manifest.arrays.items() for chunk in entry.chunks]
         chosen = random.Random(os.urandom(8)).sample(chunks, min(FAST_SAMPLES, len(chunks)))  # noqa: S311 - no secret
         for name, chunk in chosen:
-            self.check_chunk(name, chunk)
+            self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
         logger.warning(
             "%s: verify=fast checked the sizes of %d files and %d of %d chunks; other damage would not be noticed",
             self.path,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints import quantise
-from spmd_infer.checkpoints.boxes import Box
+from spmd_infer.checkpoints.boxes import Box, pieces, whole
 from spmd_infer.checkpoints.copying import (
     Advance,
     CopyPlan,
     Quantisation,
-    blocks,
     copy_tensors,
     plan_copy,
     work_key,
 )
 from spmd_infer.checkpoints.derived import DerivedReader
 from spmd_infer.checkpoints.manifest import (
+    CHUNK_BYTES,
     DTYPES,
     FORMAT,
     VERSION,
+    Chunk,
     Manifest,
     ModelEntry,
     QuantisedEntry,
@@ -39,7 +40,7 @@ from spmd_infer.checkpoints.manifest import (
 )
 from spmd_infer.checkpoints.mesh_boxes import MeshLayout, unsplit
 from spmd_infer.checkpoints.native_reader import NativeReader
-from spmd_infer.checkpoints.native_writer import DataWriter, journal_entry, journal_step
+from spmd_infer.checkpoints.native_writer import ArrayWriting, DataWriter, journal_entries, journal_step
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.checkpoints.side_files import write_side_files
 from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder
@@ -66,36 +67,41 @@ class NativeSink:
     ) -> None:
         self._axes, self._layout, self._quantisation = axes, layout, quantisation
         self._journal = Journal(work / JOURNAL_NAME, key, lambda: _empty(work))
-        entries = [journal_entry(step) for step in self._journal.steps]
-        self.writer = DataWriter(work, steps=entries)
+        done = [journal_entries(step) for step in self._journal.steps]
+        self.writer = DataWriter(work, {name: entry for entries in done for name, entry in entries.items()})
         if self._journal.steps:
             files: Any = self._journal.steps[-1]["files"]
             self.writer.resume(files)
-        self.quantised: dict[str, QuantisedEntry] = {}
 
     @property
     def done(self) -> set[str]:
         """Tensors that need not be written again."""
         names = set(self.writer.arrays)
         scaled = {name.removesuffix(quantise.SCALES_END) for name in names if name.endswith(quantise.SCALES_END)}
-        return names | scaled  # scales are written last
+        return names | scaled
 
-    def write(self, info: TensorInfo, values: Callable[[Box], Array]) -> None:
-        """Write one tensor, quantised where it is to be."""
+    def begin(self, info: TensorInfo) -> ArrayWriting | _Quantising:
+        """Begin to write one tensor, quantised where it is to be."""
         group = self._quantisation.group_for(info) if self._quantisation else None
+        axes = self._axes.get(info.name)
         if self._quantisation is None or group is None:
-            self._add(info.name, info.shape, info.dtype, self._axes.get(info.name), values)
-            return
+            return self._begin(info.name, info.shape, info.dtype, axes)
         kind = self._quantisation.kind
         shapes = quantise.stored_shapes(kind, info.shape, group)
-        small = np.empty(shapes[0], DTYPES[quantise.stored_dtype(kind)])
-        scales = np.empty(shapes[1], np.float32)
-        for box in blocks(info):
-            rows = tuple(slice(*bounds) for bounds in box[:-1])
-            small[rows], scales[rows] = quantise.quantise(kind, values(box), group)
-        axes = self._axes.get(info.name)
-        for end, array in ((quantise.VALUES_END, small), (quantise.SCALES_END, scales)):
-            self._add(info.name + end, array.shape, array.dtype, axes, _reading(array))
+        bands = list(_rows(info))
+        small, scales = (
+            self._begin(info.name + end, shape, np.dtype(dtype), axes, [(*rows, (0, shape[-1])) for rows in bands])
+            for end, shape, dtype in (
+                (quantise.VALUES_END, shapes[0], DTYPES[quantise.stored_dtype(kind)]),
+                (quantise.SCALES_END, shapes[1], np.float32),
+            )
+        )
+        return _Quantising(kind, group, [(*rows, (0, info.shape[-1])) for rows in bands], small, scales)
+
+    def end(self, info: TensorInfo, writing: ArrayWriting | _Quantising) -> None:
+        """Note that one tensor is written."""
+        parts = (writing,) if isinstance(writing, ArrayWriting) else (writing.small, writing.scales)
+        self._journal.add(journal_step({part.name: part.end() for part in parts}, self.writer.names))
 
     def manifest(self, reader: Reader, model: ModelEntry, files: list[StoredFile]) -> Manifest:
         """The manifest of what has been written, and the end of the journal."""
@@ -132,14 +138,35 @@ class NativeSink:
         """Close the data files."""
         self.writer.close()
 
-    def _add(
-        self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], axes: Axes | None, values: Callable[[Box], Array]
-    ) -> None:
-        if name in self.writer.arrays:
-            return
+    def _begin(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        axes: Axes | None,
+        bands: Sequence[Box] | None = None,
+    ) -> ArrayWriting:
         boxes = self._layout.boxes(name, shape, dtype.itemsize, axes) if self._layout else unsplit(shape)
-        entry = self.writer.add(name, shape, dtype, axes, boxes, values)
-        self._journal.add(journal_step(name, entry, self.writer.names))
+        return self.writer.begin(name, shape, dtype, axes, boxes, bands)
+
+
+class _Quantising:
+    """A tensor on its way into small numbers and scales."""
+
+    def __init__(self, kind: str, group: int, bands: Sequence[Box], small: ArrayWriting, scales: ArrayWriting) -> None:
+        self._kind, self._group, self.bands, self.small, self.scales = kind, group, bands, small, scales
+
+    def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
+        """Quantise a band and write both parts; see ``Writing``."""
+        for part, made in zip(
+            (self.small, self.scales), quantise.quantise(self._kind, values, self._group), strict=True
+        ):
+            part.put((*band[:-1], (0, made.shape[-1])), made)
+
+
+def _rows(info: TensorInfo) -> Iterator[Box]:
+    """A tensor in bands of whole rows, all but their last dimension: a row is quantised at once."""
+    return pieces(whole(info.shape[:-1]), max(1, info.shape[-1] * 4), CHUNK_BYTES)
 
 
 def store(
@@ -193,7 +220,7 @@ def store(
             sink.close()
         write_manifest(manifest, work)
         if check:
-            problems = verify_native(NativeReader(work), advance=advance)
+            problems = verify_native(NativeReader(work), digest="blake3", advance=advance)
             if problems:
                 raise CheckpointError(
                     f"{target}: what was written differs from what should have been: {problems[0]}; the disk or "
@@ -242,10 +269,6 @@ def library_versions() -> dict[str, str]:
 def now() -> str:
     """The time, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _reading(array: Array) -> Callable[[Box], Array]:
-    return lambda box: array[tuple(slice(*bounds) for bounds in box)]
 
 
 def _empty(work: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,95 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces
+from spmd_infer.checkpoints import digests
+from spmd_infer.checkpoints.boxes import (
+    Box,
+    box_shape,
+    elements,
+    intersection,
+    part,
+    pieces,
+    relative,
+    whole,
+)
 from spmd_infer.checkpoints.casting import cast
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DATA_FOLDER, DTYPES, ArrayEntry, Chunk, StoredFile, data_digest
+from spmd_infer.checkpoints.target_folder import write_at
 from spmd_infer.errors import CheckpointError
+from spmd_infer.tensors import Axes
 
 FILE_BYTES = 4 << 30
 """A data file that has reached this size is followed by another."""
 
-_WORKERS = 2
-_UNDER_WAY = 4
+BAND_BYTES = 64 << 20
+"""The most bytes of a tensor that are read at once, where its columns go to several boxes."""
 
 Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a chunk is to lie."""
+
+    box: Box
+    file: int
+    offset: int
+
+
+class ArrayWriting:
+    """One array on its way into the data files, its places in them taken.
+
+    Attributes:
+        name: the array's name.
+        bands: boxes that tile what is written, in the order in which they lie in the files.
+    """
+
+    def __init__(
+        self, writer: DataWriter, name: str, entry: ArrayEntry, places: Mapping[Box, Sequence[_Place]]
+    ) -> None:
+        self._writer, self.name, self._entry, self._places = writer, name, entry, places
+        self._dtype = DTYPES[entry.dtype]
+        self._chunks: dict[tuple[int, int], Chunk] = {}
+        self.bands = list(places)
+
+    def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
+        """Write the chunks of one band; safe to call from several threads.
+
+        Args:
+            band: one of ``bands``.
+            values: its values; in another dtype than the stored one they are cast, checked to fit.
+            known: chunks of another checkpoint with the same values, whose digests need not be computed again.
+        """
+        if values.shape != box_shape(band):
+            raise CheckpointError(
+                f"tensor {self.name!r}: expected a piece of shape {list(box_shape(band))}, got {list(values.shape)}"
+            )
+        for place in self._places[band]:
+            raw = digests.flat_bytes(_packed(part(values, relative(place.box, band)), self._dtype, self.name))
+            same = known.get(place.box) if known else None
+            if same is not None and same.blake3:
+                self._writer.write(place.file, place.offset, raw)
+                sha256, blake3 = same.sha256, same.blake3
+            else:
+                slow, fast = digests.new("sha256"), digests.new("blake3")
+                for at, block in digests.blocks(raw):
+                    slow.update(block.data)
+                    fast.update(block.data)
+                    self._writer.write(place.file, place.offset + at, block)
+                sha256, blake3 = slow.hexdigest(), fast.hexdigest()
+            start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
+            self._chunks[place.file, place.offset] = Chunk(
+                place.file, place.offset, raw.nbytes, start, stop, sha256, blake3
+            )
+
+    def end(self) -> ArrayEntry:
+        """The array's entry, when all its bands have been put; with what has been written of it before."""
+        chunks = tuple(chunk for _, chunk in sorted(self._chunks.items()))
+        before = self._writer.arrays.get(self.name, self._entry)
+        entry = msgspec.structs.replace(before, chunks=(*before.chunks, *chunks))
+        self._writer.arrays[self.name] = entry
+        return entry
 
 
 class DataWriter:
@@ -34,21 +109,21 @@ class DataWriter:
 
     Args:
         folder: the checkpoint's folder, or the one that will become it.
-        steps: entries that a run before wrote, as ``add`` returned them; what lies behind them is cut off.
+        arrays: what a run before wrote, as ``ArrayWriting.end`` returned it; what lies behind it is cut off.
     """
 
-    def __init__(self, folder: Path, steps: Iterable[tuple[str, ArrayEntry]] = ()) -> None:
+    def __init__(self, folder: Path, arrays: Mapping[str, ArrayEntry] | None = None) -> None:
         self._folder = folder
-        self.arrays: dict[str, ArrayEntry] = dict(steps)
+        self.arrays: dict[str, ArrayEntry] = dict(arrays or {})
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._current: dict[int, int] = {}  # the open file of each host
         self._descriptors: dict[int, int] = {}
-        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="checkpoint-write")
+        self._lock = threading.Lock()
         (folder / DATA_FOLDER).mkdir(exist_ok=True)
 
     def resume(self, files: Sequence[str]) -> None:
-        """Go on behind the arrays that were given as ``steps``, which lie in these files."""
+        """Go on behind the arrays that were given, which lie in these files."""
         self._names = list(files)
         self._sizes = [0] * len(files)
         for entry in self.arrays.values():
@@ -64,53 +139,44 @@ class DataWriter:
         """The data files so far."""
         return self._names
 
-    def add(
+    def begin(
         self,
         name: str,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
-        axes: tuple[str | None, ...] | None,
+        axes: Axes | None,
         boxes: Sequence[tuple[Box, int]],
-        read: Callable[[Box], Array],
-    ) -> ArrayEntry:
-        """Write one array, or this process's boxes of it.
+        bands: Iterable[Box] | None = None,
+    ) -> ArrayWriting:
+        """Take the places for one array, or for this process's boxes of it.
 
         Args:
             name: its name.
             shape: its whole shape.
-            dtype: the dtype to store; values that ``read`` returns in another one are cast, checked to fit.
+            dtype: the dtype to store.
             axes: its logical axes.
             boxes: disjoint boxes, each with the host whose file it goes to.
-            read: returns the values of a box; called from this thread.
+            bands: in which pieces the values will come; no chunk reaches over the end of one.
         """
         if dtype.name not in DTYPES:
             raise CheckpointError(f"tensor {name!r} is {dtype.name}, which checkpoints cannot hold")
-        chunks: list[Chunk] = []
-        running: list[tuple[Future[str], Callable[[str], Chunk]]] = []
-
-        def ended() -> None:
-            future, made = running.pop(0)
-            chunks.append(made(future.result()))
-
-        try:
+        places: dict[Box, list[_Place]] = {}
+        for band in bands_of(shape, dtype, boxes) if bands is None else bands:
+            places[band] = []
             for box, host in boxes:
-                for piece in pieces(box, dtype.itemsize, CHUNK_BYTES):
-                    position, offset = self._reserve(host, elements(piece) * dtype.itemsize)
-                    if len(running) >= _UNDER_WAY:
-                        ended()
-                    values = _packed(read(piece), box_shape(piece), dtype, name)
-                    future = self._pool.submit(self._write, position, offset, values)
-                    start, stop = tuple(a for a, _ in piece), tuple(b for _, b in piece)
-                    running.append((future, partial(Chunk, position, offset, values.nbytes, start, stop)))
-                    del values
-            while running:
-                ended()
-        finally:
-            for future, _ in running:
-                future.cancel()
-        entry = ArrayEntry(shape, dtype.name, axes, tuple(chunks))
-        self.arrays[name] = entry
-        return entry
+                shared = intersection(band, box) if shape else ()
+                for piece in pieces(shared, dtype.itemsize, CHUNK_BYTES) if shared is not None else ():
+                    places[band].append(_Place(piece, *self._reserve(host, elements(piece) * dtype.itemsize)))
+        return ArrayWriting(self, name, ArrayEntry(shape, dtype.name, axes, ()), places)
+
+    def write(self, position: int, offset: int, raw: npt.NDArray[np.uint8]) -> None:
+        """Write bytes at a place that was taken."""
+        with self._lock:
+            descriptor = self._descriptors.get(position)
+            if descriptor is None:
+                descriptor = os.open(self._folder / self._names[position], os.O_WRONLY | os.O_CLOEXEC)
+                self._descriptors[position] = descriptor
+        write_at(descriptor, raw.data, offset)
 
     def files(self) -> list[StoredFile]:
         """Size and digest of each data file, after closing them all."""
@@ -126,7 +192,6 @@ class DataWriter:
 
     def close(self) -> None:
         """Close the files."""
-        self._pool.shutdown(wait=True)
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -143,38 +208,30 @@ class DataWriter:
         self._sizes[position] += nbytes
         return position, offset
 
-    def _write(self, position: int, offset: int, values: Array) -> str:
-        raw = values.reshape(-1).view(np.uint8).data
-        digest = hashlib.sha256(raw).hexdigest()
-        descriptor = self._descriptors.get(position)
-        if descriptor is None:
-            descriptor = os.open(self._folder / self._names[position], os.O_WRONLY | os.O_CLOEXEC)
-            if self._descriptors.setdefault(position, descriptor) != descriptor:
-                os.close(descriptor)
-                descriptor = self._descriptors[position]
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(descriptor, raw[done:], offset + done)
-        return digest
+
+def bands_of(shape: Sequence[int], dtype: np.dtype[Any], boxes: Sequence[tuple[Box, int]]) -> Iterator[Box]:
+    """How a tensor is best read to be cut into boxes: rows that lie together in it, each row once."""
+    if len(boxes) == 1:
+        return pieces(boxes[0][0], dtype.itemsize, CHUNK_BYTES)
+    cut = any(bounds != (0, size) for box, _ in boxes for bounds, size in zip(box[1:], shape[1:], strict=True))
+    return pieces(whole(shape), dtype.itemsize, BAND_BYTES if cut else CHUNK_BYTES)
 
 
-def journal_step(name: str, entry: ArrayEntry, files: Sequence[str]) -> dict[str, object]:
-    """An array's entry as a journal's step."""
-    return {"name": name, "entry": msgspec.to_builtins(entry), "files": list(files)}
+def journal_step(entries: Mapping[str, ArrayEntry], files: Sequence[str]) -> dict[str, object]:
+    """Arrays that belong together as a journal's step."""
+    return {"arrays": msgspec.to_builtins(entries), "files": list(files)}
 
 
-def journal_entry(step: dict[str, Any]) -> tuple[str, ArrayEntry]:
-    """The entry back from a journal's step."""
-    return step["name"], msgspec.convert(step["entry"], ArrayEntry, strict=False)
+def journal_entries(step: dict[str, Any]) -> dict[str, ArrayEntry]:
+    """The arrays back from a journal's step."""
+    return msgspec.convert(step["arrays"], dict[str, ArrayEntry], strict=False)
 
 
-def _packed(values: Array, shape: tuple[int, ...], dtype: np.dtype[Any], name: str) -> Array:
+def _packed(values: Array, dtype: np.dtype[Any], name: str) -> Array:
     """Values in C order and in the stored dtype; only copied where they are not."""
-    if values.shape != shape:
-        raise CheckpointError(f"tensor {name!r}: expected a piece of shape {list(shape)}, got {list(values.shape)}")
     if values.dtype == dtype and values.flags.c_contiguous:
         return values
-    out = aligned_empty(shape, dtype)
+    out = aligned_empty(values.shape, dtype)
     if values.dtype == dtype:
         np.copyto(out, values)
     else:

@@ -35,7 +35,6 @@ class NpzReader:
     """Reader of one ``.npz`` file; entries that are not compressed are read slice by slice."""
 
     stored = "npz"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,6 +64,10 @@ class NpzReader:
             turned = self._bytes.read(place.data, info.shape[::-1], info.dtype, wanted[::-1])
             return np.ascontiguousarray(turned.T)
         return np.ascontiguousarray(self._inflated(place, info)[as_slices(wanted)])
+
+    def takes_whole(self, name: str) -> bool:
+        """Whether a tensor is compressed, so that it is best read all at once; see ``Reader``."""
+        return self._places[name].data is None
 
     def _inflated(self, place: _Place, info: TensorInfo) -> npt.NDArray[Any]:
         out = aligned_empty(info.shape[::-1] if place.fortran else info.shape, info.dtype)

@@ -27,7 +27,6 @@ class OrbaxReader:
     """Reader of one saved tree; names are its keys joined by dots."""
 
     stored = "orbax"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = self.folder = path
@@ -60,6 +59,10 @@ class OrbaxReader:
             except (ValueError, OSError, RuntimeError) as error:
                 raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
         return out
+
+    def takes_whole(self, name: str) -> bool:
+        """Always: Orbax's own chunks are compressed and may be large; see ``Reader``."""
+        return True
 
     def _add(self, entry: Any) -> None:
         import tensorstore

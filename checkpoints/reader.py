@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from spmd_infer.checkpoints.boxes import Box, as_slices
 from spmd_infer.errors import CheckpointError
 
 Index = tuple[slice, ...]
@@ -55,8 +56,9 @@ class TensorInfo:
 class Reader(Protocol):
     """An open checkpoint: its tensors are listed without being read, and read slice by slice.
 
-    A reader that also has ``fresh_reads = True`` promises that nothing else will ever refer to the memory that ``read``
-    returns; a device on the host then takes it over without a copy.
+    A reader may also have ``read_into(name, box, out)``, which spares a copy: it reads a box (start and stop in each
+    dimension) into C-ordered memory of the box's shape and the tensor's dtype; and ``takes_whole(name)``, which says
+    whether reading any part of a tensor costs as much as reading all of it, so that it should be read once.
     """
 
     @property
@@ -105,6 +107,21 @@ class Reader(Protocol):
             CheckpointError: there is no such tensor, the index does not suit it, or its bytes cannot be read.
         """
         ...
+
+
+def read_into(reader: Reader, name: str, box: Box, out: npt.NDArray[Any]) -> None:
+    """Read a box of a tensor into C-ordered memory, without a copy where the reader can."""
+    direct: Callable[[str, Box, npt.NDArray[Any]], None] | None = getattr(reader, "read_into", None)
+    if direct is not None:
+        direct(name, box, out)
+    else:
+        np.copyto(out, reader.read(name, as_slices(box)))
+
+
+def takes_whole(reader: Reader, name: str) -> bool:
+    """Whether a tensor should be read all at once, and not slice by slice."""
+    says: Callable[[str], bool] | None = getattr(reader, "takes_whole", None)
+    return says is not None and says(name)
 
 
 def find_tensor(tensors: Mapping[str, TensorInfo], name: str, path: Path) -> TensorInfo:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from spmd_infer.checkpoints.boxes import Box
 from spmd_infer.checkpoints.file_bytes import FileBytes
 from spmd_infer.checkpoints.folder_files import architecture_of, inside, read_config, read_json
 from spmd_infer.checkpoints.reader import (
@@ -66,7 +67,6 @@ class SafetensorsReader:
     """Reader of one safetensors file, or of a Hugging Face folder of them."""
 
     stored = "safetensors"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,6 +86,11 @@ class SafetensorsReader:
         info = find_tensor(self.tensors, name, self.path)
         place = self._places[name]
         return place.bytes_of.read(place.offset, info.shape, info.dtype, bounds(index, info))
+
+    def read_into(self, name: str, box: Box, out: npt.NDArray[Any]) -> None:
+        """Read a box of a tensor into memory that is there; see ``Reader``."""
+        place = self._places[name]
+        place.bytes_of.read_into(place.offset, self.tensors[name].shape, box, out)
 
     def _open_folder(self) -> None:
         files = sorted(self.folder.glob("*" + SUFFIX))

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.checkpoints.boxes import Box, pieces, whole
-from spmd_infer.checkpoints.copying import Advance, CopyPlan, copy_tensors, plan_copy, work_key
+from spmd_infer.checkpoints import digests
+from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces, whole
+from spmd_infer.checkpoints.copying import BUDGET_BYTES, Advance, CopyPlan, copy_tensors, plan_copy, work_key
+from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.folder_files import CONFIG_NAME
+from spmd_infer.checkpoints.manifest import Chunk
+from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.checkpoints.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsReader
 from spmd_infer.checkpoints.side_files import copy_side_files
-from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder
+from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder, write_at
 from spmd_infer.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
@@ -29,7 +33,6 @@ SHARD_BYTES = 5_000_000_000
 
 JOURNAL_NAME = "journal.jsonl"
 _PIECE_BYTES = 16 << 20
-_CHECKERS = 4
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Array = npt.NDArray[Any]
 
@@ -44,6 +47,31 @@ class _Shard:
     nbytes: int
 
 
+class _Writing:
+    """One tensor on its way to its place in a file."""
+
+    def __init__(self, info: TensorInfo, descriptor: int, start: int) -> None:
+        self._info, self._descriptor, self._start = info, descriptor, start
+        self.bands = _pieces(info)
+        self.digests: dict[Box, str] = {}
+
+    def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
+        """Write one band; see ``copying.Writing``."""
+        strides = [prod(self._info.shape[d + 1 :]) for d in range(len(band))]
+        first = sum(start * stride for (start, _), stride in zip(band, strides, strict=True))
+        begin, raw = self._start + first * values.dtype.itemsize, digests.flat_bytes(values)
+        same = known.get(band) if known else None
+        if same is not None and same.blake3:
+            self.digests[band] = same.blake3
+            write_at(self._descriptor, raw.data, begin)
+            return
+        digest = digests.new("blake3")
+        for start, block in digests.blocks(raw):
+            digest.update(block.data)
+            write_at(self._descriptor, block.data, begin + start)
+        self.digests[band] = digest.hexdigest()
+
+
 class SafetensorsSink:
     """Tensors into the files of a work folder, each at its place; a journal notes their digests."""
 
@@ -52,7 +80,11 @@ class SafetensorsSink:
         self.shards = _plan(infos)
         self._home = {name: shard for shard in self.shards for name in shard.starts}
         self._journal = Journal(work / JOURNAL_NAME, key, lambda: _empty(work))
-        self.digests: dict[str, str] = {str(step["name"]): str(step["sha256"]) for step in self._journal.steps}
+        self.digests: dict[str, dict[Box, str]] = {}
+        for step in self._journal.steps:
+            found: Any = step["blake3"]
+            self.digests[str(step["name"])] = {tuple((a, b) for a, b in band): digest for band, digest in found}
+        self._descriptors: dict[str, int] = {}
         for shard in self.shards:
             path = work / shard.name
             if not path.exists():
@@ -65,25 +97,24 @@ class SafetensorsSink:
         """Tensors that need not be written again."""
         return set(self.digests)
 
-    def write(self, info: TensorInfo, values: Callable[[Box], Array]) -> None:
-        """Write one tensor."""
-        shard, digest = self._home[info.name], hashlib.sha256()
-        descriptor = os.open(self._work / shard.name, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            offset = len(shard.header) + shard.starts[info.name]
-            with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write") as writing:
-                for piece in _pieces(info):
-                    raw = np.ascontiguousarray(values(piece)).reshape(-1).view(np.uint8).data
-                    written = writing.submit(_write, descriptor, raw, offset)
-                    digest.update(raw)
-                    written.result()
-                    offset += len(raw)
-        finally:
-            os.close(descriptor)
-        self.digests[info.name] = digest.hexdigest()
-        self._journal.add({"name": info.name, "sha256": self.digests[info.name]})
+    def begin(self, info: TensorInfo) -> _Writing:
+        """Begin to write one tensor."""
+        shard = self._home[info.name]
+        if shard.name not in self._descriptors:
+            self._descriptors[shard.name] = os.open(self._work / shard.name, os.O_WRONLY | os.O_CLOEXEC)
+        return _Writing(info, self._descriptors[shard.name], len(shard.header) + shard.starts[info.name])
 
-    def end(self) -> None:
+    def end(self, info: TensorInfo, writing: _Writing) -> None:
+        """Note that one tensor is written."""
+        self.digests[info.name] = writing.digests
+        self._journal.add({"name": info.name, "blake3": list(writing.digests.items())})
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def finish(self) -> None:
         """Write the index, where there are several files, and remove the journal."""
         if len(self.shards) > 1:
             total = sum(shard.nbytes for shard in self.shards)
@@ -123,8 +154,11 @@ def store_hugging_face(
         sink = SafetensorsSink(work, key, infos)
         left = sum(info.size * info.dtype.itemsize for info in infos if info.name not in sink.done)
         check_space(work, left)
-        copy_tensors(reader, sink, advance)
-        sink.end()
+        try:
+            copy_tensors(reader, sink, advance)
+        finally:
+            sink.close()
+        sink.finish()
         if reader.config:
             (work / CONFIG_NAME).write_text(json.dumps(dict(reader.config), indent=2) + "\n")
         copy_side_files(reader.folder, work)
@@ -133,30 +167,23 @@ def store_hugging_face(
     return plan
 
 
-def _check(work: Path, digests: Mapping[str, str], advance: Advance, target: Path) -> None:
-    written = SafetensorsReader(work)
+def _check(work: Path, wanted: Mapping[str, Mapping[Box, str]], advance: Advance, target: Path) -> None:
+    written, scratch = SafetensorsReader(work), Scratch()
 
-    def digest_of(info: TensorInfo) -> str:
-        digest = hashlib.sha256()
-        for piece in _pieces(info):
-            values = written.read(info.name, tuple(slice(*bounds) for bounds in piece))
-            digest.update(values.reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
+    def check(info: TensorInfo, band: Box) -> None:
+        values, digest = scratch.take(box_shape(band), info.dtype), digests.new("blake3")
+        written.read_into(info.name, band, values)
+        digest.update(digests.flat_bytes(values).data)
+        if digest.hexdigest() != wanted[info.name].get(band):
+            raise CheckpointError(
+                f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
+            )
 
-    infos = list(written.tensors.values())
-    with ThreadPoolExecutor(_CHECKERS, thread_name_prefix="checkpoint-check") as pool:
-        for info, found in zip(infos, pool.map(digest_of, infos), strict=True):
-            advance(info.nbytes)
-            if found != digests.get(info.name):
-                raise CheckpointError(
-                    f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
-                )
-
-
-def _write(descriptor: int, raw: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(raw):
-        done += os.pwrite(descriptor, raw[done:], offset + done)
+    with Pipeline(BUDGET_BYTES, "checkpoint-check") as line:
+        for info in written.tensors.values():
+            for band in _pieces(info):
+                line.run(elements(band) * info.dtype.itemsize, partial(check, info, band))
+            line.then(partial(advance, info.nbytes))
 
 
 def _pieces(info: TensorInfo) -> list[Box]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from spmd_infer.checkpoints.boxes import Box, as_slices, relative
+from spmd_infer.checkpoints.boxes import Box, part, relative
+from spmd_infer.checkpoints.copying import BUDGET_BYTES
 from spmd_infer.checkpoints.manifest import (
     FORMAT,
     VERSION,
@@ -26,7 +28,8 @@ from spmd_infer.checkpoints.manifest import (
     write_manifest,
 )
 from spmd_infer.checkpoints.native_store import library_versions, now
-from spmd_infer.checkpoints.native_writer import DataWriter
+from spmd_infer.checkpoints.native_writer import ArrayWriting, DataWriter
+from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader
 from spmd_infer.checkpoints.side_files import write_side_files
 from spmd_infer.checkpoints.target_folder import check_space, flush, new_folder, work_folder
@@ -140,47 +143,35 @@ def _write_part(params: Mapping[str, jax.Array], work: Path, axes: Mapping[str, 
     host = jax.process_index()
     writer = DataWriter(work)
     try:
-        for name, array in params.items():
-            shards: dict[Box, jax.Array] = {}
-            for shard in array.addressable_shards:
-                pieces = [piece.indices(size) for piece, size in zip(shard.index, array.shape, strict=True)]
-                if shard.replica_id == 0:
-                    shards[tuple((start, stop) for start, stop, _ in pieces)] = shard.data
-            if not shards:
-                continue
-            writer.add(
-                name,
-                tuple(array.shape),
-                np.dtype(array.dtype),
-                axes.get(name),
-                [(box, host) for box in shards],
-                _ShardValues(shards),
-            )
+        with Pipeline(BUDGET_BYTES, "checkpoint-save") as line:
+            for name, array in params.items():
+                shards: dict[Box, jax.Array] = {}
+                for shard in array.addressable_shards:
+                    pieces = [piece.indices(size) for piece, size in zip(shard.index, array.shape, strict=True)]
+                    if shard.replica_id == 0:
+                        shards[tuple((start, stop) for start, stop, _ in pieces)] = shard.data
+                dtype = np.dtype(array.dtype)
+                for box, data in shards.items():
+                    writing = writer.begin(name, tuple(array.shape), dtype, axes.get(name), [(box, host)])
+                    values = _on_host(data)
+                    for band in writing.bands:
+                        piece = part(values, relative(band, box))
+                        line.run(piece.nbytes, partial(writing.put, band, piece))
+                    line.then(partial(_ended, writing))
         return _Part(writer.arrays, writer.files())
     finally:
         writer.close()
 
 
-class _ShardValues:
-    """Values in a box that lies in one of the shards; the last shard's host copy is kept for the next box."""
-
-    def __init__(self, shards: Mapping[Box, jax.Array]) -> None:
-        self._shards = shards
-        self._held: tuple[Box, Array] | None = None
-
-    def __call__(self, box: Box) -> Array:
-        if self._held is None or not _within(box, self._held[0]):
-            self._held = None
-            outer, shard = next((outer, data) for outer, data in self._shards.items() if _within(box, outer))
-            if next(iter(shard.devices())).platform != "cpu":
-                shard = shard.copy()  # an array keeps the host copy that is made of it; this one goes away
-            self._held = outer, np.asarray(shard)
-        outer, values = self._held
-        return values[as_slices(relative(box, outer))]
+def _ended(writing: ArrayWriting) -> None:
+    writing.end()
 
 
-def _within(box: Box, outer: Box) -> bool:
-    return all(first <= start and stop <= last for (start, stop), (first, last) in zip(box, outer, strict=True))
+def _on_host(shard: jax.Array) -> Array:
+    """A shard's values; on the host they are not copied."""
+    if next(iter(shard.devices())).platform != "cpu":
+        shard = shard.copy()  # an array keeps the host copy that is made of it; this one goes away
+    return np.asarray(shard)
 
 
 def _finish(
@@ -189,12 +180,12 @@ def _finish(
     """Join the processes' parts into one manifest."""
     entries: dict[str, ArrayEntry] = {}
     data: list[StoredFile] = []
-    for part in parts:
-        for name, entry in part.arrays.items():
+    for written in parts:
+        for name, entry in written.arrays.items():
             moved = [msgspec.structs.replace(chunk, file=chunk.file + len(data)) for chunk in entry.chunks]
             before: tuple[Chunk, ...] = entries[name].chunks if name in entries else ()
             entries[name] = msgspec.structs.replace(entry, chunks=(*before, *moved))
-        data.extend(part.data)
+        data.extend(written.data)
     meshes = {
         str(spec_of(array.sharding.mesh))
         for array in params.values()

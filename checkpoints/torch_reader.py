@@ -35,7 +35,6 @@ class TorchReader:
     """Reader of one PyTorch file; its tensors are those of the state dict, or of the one dict of tensors in it."""
 
     stored = "pth"
-    fresh_reads = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,17 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.checkpoints.boxes import Box, as_slices, pieces, whole
+from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, pieces, whole
+from spmd_infer.checkpoints.digests import BLOCK_BYTES, Kind
+from spmd_infer.checkpoints.file_bytes import Scratch
+from spmd_infer.checkpoints.manifest import DTYPES, ArrayEntry, Chunk
 from spmd_infer.checkpoints.native_reader import NativeReader
-from spmd_infer.checkpoints.reader import Reader, TensorInfo
+from spmd_infer.checkpoints.pipeline import Pipeline
+from spmd_infer.checkpoints.reader import Reader, TensorInfo, takes_whole
 from spmd_infer.errors import CheckpointError
 
 _BLOCK_BYTES = 16 << 20
-_MOST_WORKERS = 4
+_BUDGET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -55,80 +58,114 @@ def verify(
     Args:
         reader: the open checkpoint.
         dtype: the dtype that its floats should have.
-        advance: called with the bytes of each piece when it has been checked: for a native checkpoint once for digests
-            and once for values.
+        advance: called with the bytes of each tensor when it has been checked.
     """
-    problems: list[Problem] = []
-    damaged: set[str] = set()
     if isinstance(reader, NativeReader):
-        problems = verify_native(reader, advance=advance)
-        damaged = {problem.tensor for problem in problems}
-    problems.extend(_tensor_problems(reader, damaged, dtype, advance))
-    return problems
+        problems = verify_native(reader, values=True, advance=advance)
+        return [*problems, *_dtype_problems(reader, dtype)]
+    problems = []
+    for info in reader.tensors.values():
+        problems.extend(_value_problems(reader, info))
+        advance(info.nbytes)
+    return [*problems, *_dtype_problems(reader, dtype)]
 
 
-def _tensor_problems(
-    reader: Reader, damaged: set[str], dtype: str | None, advance: Callable[[int], None]
-) -> Iterator[Problem]:
+def _dtype_problems(reader: Reader, dtype: str | None) -> Iterator[Problem]:
     for info in reader.tensors.values():
         if dtype is not None and info.dtype.name != dtype and _is_float(info.dtype):
             yield Problem(info.file, info.name, f"{info}; expected {dtype}", kind="dtype")
-        if info.name not in damaged:
-            yield from _value_problems(reader, info)
-        advance(info.nbytes)
 
 
-def verify_native(reader: NativeReader, *, advance: Callable[[int], None] = lambda count: None) -> list[Problem]:
-    """Chunks of a native checkpoint whose bytes do not match their digests, in several threads."""
+def verify_native(
+    reader: NativeReader,
+    *,
+    digest: Kind = "sha256",
+    values: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Problem]:
+    """Chunks of a native checkpoint whose bytes do not match their digests, in several threads.
 
-    def check(item: tuple[str, Any]) -> tuple[int, Problem | None]:
-        name, chunk = item
+    Args:
+        reader: the open checkpoint.
+        digest: which of the digests.
+        values: also look for numbers that are not finite; in a quantised tensor, among what is stored of it.
+        advance: called with the bytes of each array when it has been checked.
+    """
+    problems: list[Problem] = []
+    scratch = Scratch()
+    owners = {part: name for name, entry in reader.manifest.quantised.items() for part in (entry.values, entry.scales)}
+
+    def check(name: str, chunk: Chunk, wrong: list[tuple[int, tuple[int, ...]]]) -> None:
+        block_memory = scratch.take((BLOCK_BYTES,), np.uint8)
+        dtype = DTYPES[reader.manifest.arrays[name].dtype]
+        look = values and _may_be_infinite(dtype)
+        here = []
         try:
-            reader.check_chunk(name, chunk)
+            for start, block in reader.chunk_blocks(name, chunk, digest if chunk.blake3 else "sha256", block_memory):
+                found = _not_finite(block.view(dtype)) if look else None
+                if found is not None:
+                    here.append((found[0], _place(chunk.box, start // dtype.itemsize + found[1])))
         except CheckpointError as error:
-            return chunk.nbytes, Problem(reader.file_of(chunk), name, str(error), chunk.offset)
-        return chunk.nbytes, None
+            problems.append(Problem(reader.file_of(chunk), name, str(error), chunk.offset))
+        else:
+            wrong.extend(here)
 
-    chunks = sorted(
-        ((name, chunk) for name, entry in reader.manifest.arrays.items() for chunk in entry.chunks),
-        key=lambda item: (item[1].file, item[1].offset),
-    )
-    problems = []
-    with ThreadPoolExecutor(max(1, min(_MOST_WORKERS, os.cpu_count() or 1))) as pool:
-        for nbytes, problem in pool.map(check, chunks):
-            advance(nbytes)
-            if problem is not None:
-                problems.append(problem)
+    def ended(name: str, nbytes: int, wrong: list[tuple[int, tuple[int, ...]]]) -> None:
+        if wrong:
+            info = reader.tensors[owners.get(name, name)]
+            problems.append(_values_problem(info, sum(count for count, _ in wrong), min(place for _, place in wrong)))
+        advance(nbytes)
+
+    with Pipeline(_BUDGET_BYTES, "checkpoint-verify") as line:
+        for name, entry in sorted(reader.manifest.arrays.items(), key=_begin_of):
+            wrong: list[tuple[int, tuple[int, ...]]] = []
+            for chunk in entry.chunks:
+                line.run(chunk.nbytes, partial(check, name, chunk, wrong))
+            line.then(partial(ended, name, sum(chunk.nbytes for chunk in entry.chunks), wrong))
     return problems
+
+
+def _begin_of(item: tuple[str, ArrayEntry]) -> tuple[int, int]:
+    return min(((chunk.file, chunk.offset) for chunk in item[1].chunks), default=(0, 0))
 
 
 def _value_problems(reader: Reader, info: TensorInfo) -> Iterator[Problem]:
     """Values of a tensor that are not finite, and damage that shows only on reading."""
+    bad = 0
+    first: tuple[int, ...] | None = None
     try:
-        if not _is_float(info.dtype) and info.dtype.kind != "c":
-            for box in _boxes(info):
-                reader.read(info.name, as_slices(box))
-            return
-        bad = 0
-        first: tuple[int, ...] | None = None
-        for box in _boxes(info):
+        for box in _boxes(reader, info):
             values = reader.read(info.name, as_slices(box))
-            wrong = ~_finite(values)
-            count = int(wrong.sum())
-            if count and first is None:
-                place = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
-                first = tuple(int(p) + start for p, (start, _) in zip(place, box, strict=True))
-            bad += count
+            found = _not_finite(values) if _may_be_infinite(info.dtype) else None
+            if found is not None:
+                bad += found[0]
+                first = first or _place(box, found[1])
     except CheckpointError as error:
         yield Problem(info.file, info.name, str(error))
         return
     if first is not None:
-        yield Problem(
-            info.file,
-            info.name,
-            f"{info}: {bad} of {info.size} values are not finite, the first at {list(first)}",
-            kind="values",
-        )
+        yield _values_problem(info, bad, first)
+
+
+def _values_problem(info: TensorInfo, count: int, first: tuple[int, ...]) -> Problem:
+    return Problem(
+        info.file,
+        info.name,
+        f"{info}: {count} of {info.size} values are not finite, the first at {list(first)}",
+        kind="values",
+    )
+
+
+def _not_finite(values: npt.NDArray[Any]) -> tuple[int, int] | None:
+    """How many values are not finite, and the first one's number; None where all are."""
+    wrong = ~_finite(values)
+    return (int(wrong.sum()), int(np.argmax(wrong))) if wrong.any() else None
+
+
+def _place(box: Box, number: int) -> tuple[int, ...]:
+    """Where in its tensor an element of a box lies."""
+    place = np.unravel_index(number, box_shape(box))
+    return tuple(int(p) + start for p, (start, _) in zip(place, box, strict=True))
 
 
 def _finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -140,12 +177,15 @@ def _finite(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.isfinite(values))
 
 
-def _boxes(info: TensorInfo) -> Iterator[Box]:
-    if not info.shape:
-        yield ()
-        return
+def _boxes(reader: Reader, info: TensorInfo) -> Iterator[Box]:
+    if takes_whole(reader, info.name):
+        return iter([whole(info.shape)])
     # Values are looked at as float32, so blocks are counted in those.
-    yield from pieces(whole(info.shape), max(4, info.dtype.itemsize), _BLOCK_BYTES)
+    return pieces(whole(info.shape), max(4, info.dtype.itemsize), _BLOCK_BYTES)
+
+
+def _may_be_infinite(dtype: np.dtype[Any]) -> bool:
+    return _is_float(dtype) or dtype.kind == "c"
 
 
 def _is_float(dtype: np.dtype[Any]) -> bool:

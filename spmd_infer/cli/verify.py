@@ -37,8 +37,7 @@ def verify(
         else:
             typer.echo(str(error))
         raise typer.Exit(PROBLEM_FOUND) from error
-    passes = 2 if reader.stored == "native" else 1  # digests, then values
-    total = passes * sum(info.nbytes for info in reader.tensors.values())
+    total = sum(info.nbytes for info in reader.tensors.values())
     with progress("verify", total, quiet=as_json, unit="B") as advance:
         problems = check(reader, dtype=dtype, advance=advance)
     if as_json:

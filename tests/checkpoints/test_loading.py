@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from spmd_infer.checkpoints import Index, Reader, load_onto, open_checkpoint, unused_tensors
+from spmd_infer.checkpoints.boxes import Box, as_slices
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.reader import TensorInfo
 from spmd_infer.errors import CheckpointError
@@ -47,8 +48,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 class Watched:
     """A reader that keeps account of what is read through it."""
 
-    fresh_reads = True
-
     def __init__(self, inner: Reader, change: Callable[[np.ndarray], np.ndarray] | None = None) -> None:
         self._inner = inner
         self._change = change
@@ -59,6 +58,9 @@ class Watched:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def read_into(self, name: str, box: Box, out: np.ndarray) -> None:
+        np.copyto(out, self.read(name, as_slices(box)))
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         with self._lock:

@@ -22,6 +22,7 @@ from spmd_infer.checkpoints.copying import SLACK_BYTES
 from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME
 from spmd_infer.checkpoints.native_reader import NativeReader
 from spmd_infer.checkpoints.native_store import store
+from spmd_infer.checkpoints.safetensors_reader import SafetensorsReader
 from spmd_infer.conversion import prepare
 from spmd_infer.errors import CheckpointError
 from spmd_infer.mesh import MeshSpec
@@ -216,7 +217,7 @@ def test_a_kill_at_any_moment_leaves_no_half_written_target(what: str, tmp_path:
 
 
 def test_what_was_done_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
-    source, target = open_checkpoint(made(tmp_path / "source.safetensors")), tmp_path / "target"
+    source, target = SafetensorsReader(made(tmp_path / "source.safetensors")), tmp_path / "target"
     with pytest.raises(KeyboardInterrupt):
         prepare(source).run(target, "convert", advance=_interrupt_after(3))
     assert not target.exists()
@@ -224,8 +225,8 @@ def test_what_was_done_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
     assert len(before) == 1
     reads: list[str] = []
     watched = prepare(source)
-    original = source.read
-    source.read = lambda name, index=None: (reads.append(name), original(name, index))[1]  # type: ignore[method-assign,func-returns-value,assignment]
+    original = source.read_into
+    source.read_into = lambda name, box, out: (reads.append(name), original(name, box, out))[1]  # type: ignore[method-assign,func-returns-value]  # watched
     watched.run(target, "convert")
     assert set(reads) == {"t3.weight", "t4.weight", "t5.weight"}
     assert read_all(target) == read_all(tmp_path / "source.safetensors")
