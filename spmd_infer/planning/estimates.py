@@ -78,6 +78,37 @@ class PhaseEstimate:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How a batch passes through a model spread over stages.
+
+    Attributes:
+        stages: how many there are.
+        layers: of each.
+        microbatches: into how many parts a batch is cut.
+    """
+
+    stages: int
+    layers: int
+    microbatches: int
+
+    @property
+    def ticks(self) -> int:
+        """Ticks of a step: in each, every stage works on one micro-batch or on none."""
+        return self.microbatches + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """The part of the ticks in which a stage has nothing to do."""
+        return (self.stages - 1) / self.ticks
+
+    def __str__(self) -> str:
+        return (
+            f"pipeline of {self.stages} stages, {self.layers} layers each: a batch passes in {self.microbatches} "
+            f"micro-batches, and a stage idles {self.bubble:.0%} of the time ({self.stages - 1} of {self.ticks} ticks)"
+        )
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One mesh and layout that was looked at.
 
@@ -93,6 +124,7 @@ class Candidate:
         switch: seconds of moving keys and values, and weights where they differ, between phases; part of ``time``.
         most_rows: how many rows of this length fit in memory at once.
         rows: rows that the estimates are for, padding included.
+        pipeline: how a batch passes through the stages of a mesh that has some.
     """
 
     mesh: MeshSpec
@@ -106,6 +138,7 @@ class Candidate:
     switch: float = 0.0
     most_rows: int = 0
     rows: int = 0
+    pipeline: Pipeline | None = None
 
 
 def gigabytes(size: float) -> str:
