@@ -24,14 +24,15 @@ from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
 from spmd_infer.model_program import model_program, placed_by
 from spmd_infer.opening import OpenedModel, open_model
-from spmd_infer.pipeline import base_axes, base_function, own_layouts, resolve_stages, stacked, unstacked
+from spmd_infer.pipeline import own_layouts, resolve_stages, stacked, unstacked
 from spmd_infer.placement import Placement, placed
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.resolve import MeshLike, platform_of
+from spmd_infer.planning.resolve import MeshLike, PlanRequest, platform_of
 from spmd_infer.planning.workload import Workload
 from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner
 from spmd_infer.signature import Signature
+from spmd_infer.staging import base_axes, base_function
 from spmd_infer.task_table import find_task
 from spmd_infer.tensors import Axes
 
@@ -79,7 +80,7 @@ class Engine:
             signature = Signature.from_example(example)
         values = base_function(function).params
         inputs = signature.inputs if signature is not None else None
-        function, plan, built = resolve_stages(mesh, function, inputs, workload, rules)
+        function, plan, built = resolve_stages(mesh, PlanRequest(function, inputs, workload, rules))
         self._set_up(placed(function, plan, built, values), signature, buckets, rules, workload)
 
     def _set_up(
@@ -112,7 +113,7 @@ class Engine:
         workload: Workload | None = None,
         buckets: Sequence[int] | None = None,
         rules: AxisRules | None = None,
-        verify: Literal["full", "fast"] = "full",
+        verify: Literal["full", "fast", "off"] = "full",
     ) -> Engine:
         """Read a checkpoint of a zoo model straight onto a mesh.
 
@@ -126,7 +127,7 @@ class Engine:
             buckets: as for ``Engine``.
             rules: as for ``Engine``.
             verify: for native checkpoints, which carry digests: ``"full"`` compares all that is read with them,
-                ``"fast"`` only sizes and a sample.
+                ``"fast"`` only sizes and a sample, ``"off"`` only sizes.
 
         Raises:
             CheckpointError: the checkpoint is damaged or incomplete.
@@ -420,8 +421,8 @@ def _resolve(
 ) -> tuple[ModelFunction, MeshPlan, Mesh]:
     """The plan and mesh for a model, with the phases and units that a checkpoint's family knows."""
     if opened is None:
-        return resolve_stages(mesh, model, inputs, workload, rules)
+        return resolve_stages(mesh, PlanRequest(model, inputs, workload, rules))
     traffic = opened.workload(workload or Workload())
     phases, units = opened.phases(traffic), opened.config.axis_units()
     shallow = opened.shallow(traffic)
-    return resolve_stages(mesh, model, inputs, traffic, rules, phases=phases, units=units, shallow=shallow)
+    return resolve_stages(mesh, PlanRequest(model, inputs, traffic, rules, phases, units, shallow))

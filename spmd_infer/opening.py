@@ -20,7 +20,7 @@ from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
 from spmd_infer.models.phases import Phase
 from spmd_infer.models.registry import ModelConfig, family_named
-from spmd_infer.planning.planner import Shallow
+from spmd_infer.planning.traces import Shallow
 from spmd_infer.planning.tracing import compute_dtype
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import InputSpec, Source

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from spmd_infer.axes import AxisRules
+from spmd_infer.errors import DoesNotFitError, ModelError
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec, auto_mesh, spec_of
 from spmd_infer.models.phases import Phase
-from spmd_infer.planning.hardware import found_cluster
+from spmd_infer.planning.estimates import RESERVE
+from spmd_infer.planning.hardware import Cluster, found_cluster
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.planner import Shallow
 from spmd_infer.planning.search import make_plan
+from spmd_infer.planning.traces import Shallow
 from spmd_infer.planning.workload import Workload
+from spmd_infer.staging import for_stages
 
 MeshLike = str | MeshSpec | MeshPlan | Mesh
 """``"auto"``, ``"data=2,model=4"``, the same parsed, a plan, or a mesh."""
 
 
-def resolve_mesh(
-    mesh: MeshLike,
-    model: ModelFunction,
-    inputs: Any,
-    workload: Workload | None,
-    rules: AxisRules | None,
-    *,
-    phases: Sequence[Phase] = (),
-    units: Mapping[str, int] | None = None,
-    shallow: Shallow | None = None,
-) -> tuple[MeshPlan, Mesh]:
-    """Plan for the devices that the caller means.
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked for, whatever the mesh.
 
-    Args:
-        mesh: what the caller said.
+    Attributes:
         model: the model; abstract parameters are enough.
         inputs: a pytree of ``InputSpec``; None where they are unknown.
         workload: the traffic to plan for.
@@ -44,6 +38,37 @@ def resolve_mesh(
         phases: the kinds of steps of a model that takes several.
         units: indivisible units of the model's axes.
         shallow: the same model with few layers, to trace instead of one with many.
+    """
+
+    model: ModelFunction
+    inputs: Any = None
+    workload: Workload | None = None
+    rules: AxisRules | None = None
+    phases: Sequence[Phase] = ()
+    units: Mapping[str, int] = field(default_factory=dict)
+    shallow: Shallow | None = None
+
+    def plan(self, cluster: Cluster, mesh: MeshSpec | None = None) -> MeshPlan:
+        """``make_plan`` for these devices."""
+        return make_plan(
+            self.model,
+            cluster,
+            inputs=self.inputs,
+            phases=self.phases,
+            workload=self.workload,
+            rules=self.rules,
+            mesh=mesh,
+            units=dict(self.units),
+            shallow=self.shallow,
+        )
+
+
+def resolve_mesh(mesh: MeshLike, request: PlanRequest) -> tuple[MeshPlan, Mesh]:
+    """Plan for the devices that the caller means.
+
+    Args:
+        mesh: what the caller said.
+        request: what to plan.
 
     Returns:
         The plan, and the mesh that it names.
@@ -53,25 +78,49 @@ def resolve_mesh(
         PlanError: no mesh works; ``DoesNotFitError`` where memory is what is missing.
     """
     if isinstance(mesh, MeshPlan):
-        if rules is None and _is_of(mesh, model):
-            return mesh, mesh.build()
-        rules = rules or mesh.rules
+        if request.rules is None and _is_of(mesh, request.model):
+            built = mesh.build()
+            return _on_these(mesh, found_cluster(list(built.devices.flat))), built
+        request = replace(request, rules=request.rules or mesh.rules)
         mesh = mesh.mesh
-    options: dict[str, Any] = {"inputs": inputs, "workload": workload, "rules": rules}
-    options |= {"phases": phases, "units": dict(units or {}), "shallow": shallow}
     if isinstance(mesh, str) and mesh == "auto":
-        plan = make_plan(model, found_cluster(jax.devices()), **options)
+        plan = request.plan(found_cluster(jax.devices()))
         return plan, plan.build()
     if isinstance(mesh, Mesh):
         built = auto_mesh(mesh)
     else:
         built = (MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh).build()
-    cluster = found_cluster(list(built.devices.flat))
-    return make_plan(model, cluster, mesh=spec_of(built), **options), built
+    return request.plan(found_cluster(list(built.devices.flat)), spec_of(built)), built
+
+
+def _on_these(plan: MeshPlan, found: Cluster) -> MeshPlan:
+    """A plan that was made for other devices, once it is sure that it fits on these.
+
+    Raises:
+        DoesNotFitError: it needs more memory than they have.
+    """
+    device, needed = found.device, plan.chosen.memory.total
+    if plan.cluster.device == device:
+        return plan
+    available = int(device.memory_bytes * (1 - RESERVE))
+    if needed > available:
+        raise DoesNotFitError(
+            f"the plan was made for {plan.cluster} with {plan.cluster.device.memory_bytes:,} bytes each, and these are "
+            f"{found}: mesh {plan.mesh} needs {needed:,} bytes a device, {available:,} are available ({RESERVE:.0%} of "
+            f"{device.memory_bytes:,} is kept free); plan for these devices",
+            needed_bytes=needed,
+            available_bytes=available,
+        )
+    note = f"made for {plan.cluster}, running on {found}: its times are those of the former"
+    return plan if note in plan.notes else replace(plan, notes=(*plan.notes, note))
 
 
 def _is_of(plan: MeshPlan, model: ModelFunction) -> bool:
-    """Whether a plan lays out just the weights of this model."""
+    """Whether a plan lays out just the weights of this model, its layers stacked where the plan has stages."""
+    try:
+        model, _ = for_stages(model, plan.rules, plan.mesh.shape)
+    except ModelError:
+        return False
     shapes = {path: tuple(value.shape) for path, value in model.params.items()}
     return shapes == {layout.path: layout.shape for layout in plan.weights}
 

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from spmd_infer.axes import DATA, MODEL, AxisRules
+from spmd_infer.axes import DATA, MODEL, STAGE, AxisRules
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.phases import Phase
+from spmd_infer.planning.choice import CLOSE, choose, score
 from spmd_infer.planning.estimates import Candidate, gigabytes
 from spmd_infer.planning.hardware import Cluster
-from spmd_infer.planning.layout import WeightLayout, weight_layouts
+from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.layouts import KV_OVER_BATCH, ONE_D, TWO_D, WEIGHT_GATHERED
 from spmd_infer.planning.mesh_plan import MeshPlan
-from spmd_infer.planning.planner import CLOSE, Planner, Shallow, score
+from spmd_infer.planning.planner import Planner
+from spmd_infer.planning.stages import stage_parts
+from spmd_infer.planning.traces import Shallow
 from spmd_infer.planning.workload import Workload
+from spmd_infer.staging import layer_count
 
 SEARCHED = (ONE_D, KV_OVER_BATCH, TWO_D, WEIGHT_GATHERED)
 """Layouts that a search looks at, simplest first."""
@@ -54,7 +58,9 @@ def make_plan(
         AxisError: the given mesh makes two axes of one tensor collide.
     """
     workload = workload or Workload()
-    if not phases and inputs is not None:
+    staged = mesh is not None and stage_parts(rules or ONE_D, mesh.shape) > 1
+    forward = staged and bool(phases)
+    if (staged or not phases) and inputs is not None:
         phases = (Phase("infer", None, inputs),)
     several = SEARCHED if model.axes else (ONE_D, WEIGHT_GATHERED)  # the others move only axes that are named
     searched = several if mesh is None and not cluster.device.shared else (ONE_D,)
@@ -63,18 +69,27 @@ def make_plan(
     planner = Planner(model, cluster, phases, workload, with_units, shallow)
     if mesh is not None:
         for each in planner.layouts:  # a collision on the caller's own mesh is the caller's to hear about
-            weight_layouts(model, each, mesh.shape)
+            planner.weights(mesh, (each,) * max(1, len(phases)), 0)
+    layers = layer_count(model) if rules is None and [phase.call for phase in phases] == [None] else 0
     candidates = [
         planner.candidate(spec, assigned)
-        for spec in _meshes(cluster, mesh, workload)
+        for spec in _meshes(cluster, mesh, workload, layers)
         for assigned in planner.assignments(spec)
     ]
-    chosen = planner.choose(candidates, mesh)
+    names = [each.name for each in planner.layouts]
+    chosen = choose(candidates, mesh, workload, names, model.name, cluster)
     others = sorted(
         (_with_reason(c, chosen, workload, mesh is not None) for c in candidates if c is not chosen),
-        key=lambda c: (not c.memory.weights, score(c, workload), -c.mesh.shape.get(DATA, 1)),
+        key=lambda c: (
+            not c.memory.weights,
+            score(c, workload),
+            c.mesh.shape.get(STAGE, 1),
+            -c.mesh.shape.get(DATA, 1),
+        ),
     )
     base = next(iter(chosen.rules.values()), planner.layouts[0])
+    if stage_parts(base, chosen.mesh.shape) > 1:
+        base = planner.staged(chosen.mesh, base)[1]
     assigned = tuple(chosen.rules.values()) or (base,)
     layouts, tensors = planner.weights(chosen.mesh, assigned, chosen.rows)
     weights = tuple(layouts)
@@ -88,13 +103,20 @@ def make_plan(
         weights=weights,
         workload=workload.describe(inputs, generates=generates),
         given=mesh is not None,
-        notes=(*([planner.untraced] if planner.untraced else []), *_notes(weights, chosen.mesh)),
+        notes=(
+            *([planner.untraced] if planner.untraced else []),
+            *_pipeline_notes(chosen, forward=forward),
+            *_notes(weights, chosen.mesh),
+        ),
         tensors=tensors,
     )
 
 
-def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload) -> list[MeshSpec]:
-    """Every data x model factorisation of the devices, of fewer devices too where cost counts, and the given mesh."""
+def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload, layers: int) -> list[MeshSpec]:
+    """Every data x model factorisation of the devices, of fewer devices too where cost counts, and the given mesh.
+
+    Where ``layers`` can be shared out over stages, those meshes too.
+    """
     counts = [cluster.count]
     if workload.objective == "cost" and given is None:
         counts = [count for count in range(1, cluster.count + 1) if cluster.count % count == 0]
@@ -103,6 +125,15 @@ def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload) -> lis
         for count in counts
         for parts in range(1, count + 1)
         if count % parts == 0
+    ]
+    meshes += [
+        MeshSpec.of(stage=stages, data=rest // parts, model=parts)
+        for count in counts
+        for stages in range(2, count + 1)
+        if count % stages == 0 and layers and layers % stages == 0
+        for rest in (count // stages,)
+        for parts in range(1, rest + 1)
+        if rest % parts == 0
     ]
     return meshes if given is None or given in meshes else [*meshes, given]
 
@@ -121,6 +152,14 @@ def _with_reason(candidate: Candidate, chosen: Candidate, workload: Workload, gi
     else:
         reason = f"{mine / best:.3g}x the {'cost' if workload.objective == 'cost' else 'time'}"
     return replace(candidate, rejected=reason)
+
+
+def _pipeline_notes(chosen: Candidate, *, forward: bool) -> list[str]:
+    """What the reader should know of a mesh with stages."""
+    if chosen.pipeline is None:
+        return []
+    notes = [str(chosen.pipeline), f"weights outside the layers are on all {chosen.pipeline.stages} stages"]
+    return notes + ["planned for whole forward passes: layers spread over stages keep no cache"] * forward
 
 
 def _notes(layouts: tuple[WeightLayout, ...], mesh: MeshSpec) -> list[str]:

@@ -14,7 +14,7 @@ from spmd_infer.errors import PlanError
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.llama import Config, Llama, input_spec
-from spmd_infer.pipeline import for_stages
+from spmd_infer.staging import for_stages
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.cost import MeshCost, cost_of
 from spmd_infer.planning.estimates import Memory, StepTime
