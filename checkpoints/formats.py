@@ -104,7 +104,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: Verify = "full") ->
     Args:
         path: a file, a Hugging Face or native folder, or a folder that holds just one checkpoint file.
         verify: how a native checkpoint is checked: ``"full"`` compares the digest of every byte that is read,
-            ``"fast"`` sizes and a sample. Other formats have no digests.
+            ``"fast"`` sizes and a sample, ``"off"`` sizes alone. Other formats have no digests.
 
     Raises:
         UnknownFormatError: no format, built in or installed, recognises the path.

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
+from spmd_infer.cli.options import (
+    Debug,
+    Devices,
+    Dtype,
+    Json,
+    Mesh,
+    Model,
+    Verify,
+    VerifyLevel,
+    load,
+    note,
+    print_json,
+    run_facts,
+    timing,
+)
 from spmd_infer.cli.reading import read_texts
 
 if TYPE_CHECKING:
@@ -40,12 +54,13 @@ def generate(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue prompts; one prompt streams as it is written."""
     found = read_texts(prompts, file, "prompts")
-    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
     from spmd_infer import SamplingParams
 
     params = SamplingParams(

@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
+from spmd_infer.cli.options import (
+    Debug,
+    Devices,
+    Dtype,
+    Json,
+    Mesh,
+    Model,
+    Verify,
+    VerifyLevel,
+    load,
+    note,
+    print_json,
+    run_facts,
+    timing,
+)
 
 
 def classify(
@@ -20,11 +34,12 @@ def classify(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Name what pictures show, best guess first."""
-    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
     begin = time.perf_counter()
     answers = engine.classify(images, top=top)
     seconds = time.perf_counter() - begin

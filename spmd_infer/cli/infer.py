@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
+from spmd_infer.cli.options import (
+    Debug,
+    Devices,
+    Dtype,
+    Json,
+    Mesh,
+    Model,
+    Verify,
+    VerifyLevel,
+    load,
+    note,
+    print_json,
+    run_facts,
+    timing,
+)
 from spmd_infer.errors import BatchError
 
 if TYPE_CHECKING:
@@ -35,6 +49,7 @@ def infer(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +59,7 @@ def infer(
     """
     if output is not None and output.suffix != ".npz":
         raise typer.BadParameter(f"{output} must end in .npz", param_hint="--output")
-    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
     inputs = read_batch(batch, engine)
     begin = time.perf_counter()
     results = flatten(engine.infer(inputs))

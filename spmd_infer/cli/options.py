@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,6 +49,23 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+
+
+class VerifyLevel(StrEnum):
+    """How a native checkpoint is checked while it is read."""
+
+    FULL = "full"
+    FAST = "fast"
+    OFF = "off"
+
+
+Verify = Annotated[
+    VerifyLevel,
+    typer.Option(
+        help="How native checkpoints are checked while they are read: every byte, sizes and a sample, or sizes alone.",
+        envvar="SPMD_INFER_VERIFY",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Debug = Annotated[
     bool,
@@ -76,7 +94,15 @@ def use_devices(count: int | None) -> None:
         )
 
 
-def load(model: str, mesh: str, devices: int | None, dtype: str | None, *, quiet: bool) -> Engine:
+def load(
+    model: str,
+    mesh: str,
+    devices: int | None,
+    dtype: str | None,
+    *,
+    verify: VerifyLevel = VerifyLevel.FULL,
+    quiet: bool,
+) -> Engine:
     """Load an engine and say on standard error, unless ``quiet``, what it is and how it lies on the devices.
 
     Raises:
@@ -88,7 +114,7 @@ def load(model: str, mesh: str, devices: int | None, dtype: str | None, *, quiet
     from spmd_infer.engine import Engine
 
     use_compile_cache()
-    engine = Engine.load(model, mesh=mesh, dtype=dtype)
+    engine = Engine.load(model, mesh=mesh, dtype=dtype, verify=verify.value)
     if not quiet:
         note(
             f"{model} on mesh {engine.plan.mesh} of {engine.plan.cluster}, {time.perf_counter() - begin:.1f} s to load"

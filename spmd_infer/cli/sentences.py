@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.options import Debug, Devices, Dtype, Json, Mesh, Model, load, note, print_json, run_facts, timing
+from spmd_infer.cli.options import (
+    Debug,
+    Devices,
+    Dtype,
+    Json,
+    Mesh,
+    Model,
+    Verify,
+    VerifyLevel,
+    load,
+    note,
+    print_json,
+    run_facts,
+    timing,
+)
 from spmd_infer.cli.reading import read_texts
 
 
@@ -34,6 +48,7 @@ def embed(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -44,7 +59,7 @@ def embed(
     if output is not None and output.suffix != ".npz":
         raise typer.BadParameter(f"{output} must end in .npz", param_hint="--output")
     found = read_texts(texts, file, "texts")
-    engine = load(model, mesh, devices, dtype, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
     begin = time.perf_counter()
     vectors = engine.embed(found if query is None else [query, *found])
     seconds = time.perf_counter() - begin

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -18,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spmd_infer import Engine
 from spmd_infer.axes import AxisRules
 from spmd_infer.checkpoints import load_onto, open_checkpoint, save, verify
-from spmd_infer.checkpoints.manifest import CHUNK_BYTES, MANIFEST_NAME, ModelEntry, read_manifest
-from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.manifest import CHUNK_BYTES, MANIFEST_NAME, ModelEntry, read_manifest, write_manifest
+from spmd_infer.checkpoints.native_reader import FAST_SAMPLES, NativeReader
 from spmd_infer.checkpoints.target_folder import locked
 from spmd_infer.errors import CheckpointError
 from spmd_infer.mesh import MeshSpec
@@ -181,8 +183,47 @@ def test_fast_verification_says_that_it_is_one(tmp_path: Path, caplog: pytest.Lo
     save(placed("data=1,model=1"), tmp_path / "saved")
     open_checkpoint(tmp_path / "saved", verify="fast")
     assert "verify=fast checked the sizes of 1 files and 7 of 7 chunks" in caplog.text
-    with pytest.raises(CheckpointError, match="expected 'full' or 'fast'"):
-        open_checkpoint(tmp_path / "saved", verify="never")  # type: ignore[arg-type]
+    open_checkpoint(tmp_path / "saved", verify="off")
+    assert "verify=off checks sizes alone" in caplog.text
+    with pytest.raises(CheckpointError, match="verify='never'; expected 'full', 'fast', 'off'"):
+        open_checkpoint(tmp_path / "saved", verify="never")  # type: ignore[arg-type]  # what is refused
+
+
+def test_what_each_level_of_verification_notices(tmp_path: Path) -> None:
+    save({f"t{i}": jnp.full((1 << 18,), i, np.float32) for i in range(3 * FAST_SAMPLES)}, tmp_path / "saved")
+    data = tmp_path / "saved" / "data" / "host-0000-0000.bin"
+    raw = bytearray(data.read_bytes())
+    for place in range(0, len(raw), 1 << 20):  # a byte of every chunk
+        raw[place] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_checkpoint(tmp_path / "saved").read("t0")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        open_checkpoint(tmp_path / "saved", verify="fast")
+    assert open_checkpoint(tmp_path / "saved", verify="off").read("t0")[0] != 0
+    data.write_bytes(bytes(raw[:-1]))
+    with pytest.raises(CheckpointError, match="is truncated"):
+        open_checkpoint(tmp_path / "saved", verify="off")
+
+
+def test_a_checkpoint_without_blake3_is_checked_by_its_sha_256(tmp_path: Path) -> None:
+    """As every one is that was written before there was any."""
+    save(placed("data=1,model=1"), tmp_path / "saved")
+    manifest = read_manifest(tmp_path / "saved")
+    older = {
+        name: msgspec.structs.replace(
+            entry, chunks=tuple(msgspec.structs.replace(chunk, blake3="") for chunk in entry.chunks)
+        )
+        for name, entry in manifest.arrays.items()
+    }
+    write_manifest(msgspec.structs.replace(manifest, arrays=older), tmp_path / "saved")
+    same_bits(restored(tmp_path / "saved", "data=2,model=4"))
+    data = tmp_path / "saved" / manifest.data[0].name
+    raw = bytearray(data.read_bytes())
+    raw[9] ^= 4
+    data.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"is damaged: bytes 0 to .* have SHA-256"):
+        restored(tmp_path / "saved", "data=1,model=1")
 
 
 def test_the_manifest_says_where_it_came_from(tmp_path: Path) -> None:
