@@ -34,7 +34,6 @@ from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.experts import Experts, ExpertSizes
 from spmd_infer.models.llama import Config, Llama, input_spec
 from spmd_infer.models.pipeline import microbatch_count
-from spmd_infer.staging import for_stages
 from spmd_infer.planning.cost import MeshCost, cost_of
 from spmd_infer.planning.hardware import Cluster, found_cluster
 from spmd_infer.planning.layout import weight_layouts
@@ -48,6 +47,7 @@ from spmd_infer.planning.parallel_costs import (
 )
 from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.workload import Workload
+from spmd_infer.staging import for_stages
 
 ROUNDS = 15
 DEVICES = (1, 2, 4, 8)

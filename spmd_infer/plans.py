@@ -74,7 +74,8 @@ def plan(
     )
     spec = None if mesh == "auto" else MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if isinstance(model, str | Path):
-        described = describe(model, dtype, cluster)
+        known = _known(model)
+        described = _described(model, known, dtype, cluster)
         workload = described.workload(workload)
         plan_ = make_plan(
             described.model,
@@ -87,9 +88,8 @@ def plan(
             units=dict(described.config.axis_units()),
             shallow=described.shallow(workload),
         )
-        approximation = known_models.find(str(model))
-        if approximation is not None and "approximation" in approximation:
-            return replace(plan_, notes=(*plan_.notes, f"approximation: {approximation['approximation']}"))
+        if known is not None and "approximation" in known:
+            return replace(plan_, notes=(*plan_.notes, f"approximation: {known['approximation']}"))
         return plan_
     function = model_function(model, params)
     if example is not None and inputs is None:
@@ -104,8 +104,16 @@ def describe(model: str | Path, dtype: Any, cluster: Cluster) -> DescribedModel:
         CheckpointError: there is no such file, and no well-known model of that name.
         ModelError: no family answers to it.
     """
-    known = known_models.find(str(model))
-    if known is not None and not Path(model).exists():
+    return _described(model, _known(model), dtype, cluster)
+
+
+def _known(model: str | Path) -> dict[str, Any] | None:
+    """The configuration of a well-known model; a file of that name comes first."""
+    return None if Path(model).exists() else known_models.find(str(model))
+
+
+def _described(model: str | Path, known: dict[str, Any] | None, dtype: Any, cluster: Cluster) -> DescribedModel:
+    if known is not None:
         return describe_model(known, dtype)
     if Path(model).name == "config.json" and Path(model).is_file():
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from spmd_infer.planning.estimates import Candidate, StepTime
+from spmd_infer.planning.estimates import Candidate, Pipeline, StepTime
 from spmd_infer.planning.explain import memory_parts
 from spmd_infer.planning.outcome import PlanOutcome
 from spmd_infer.planning.tensor_search import TensorSearch
@@ -95,7 +95,18 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "rows": candidate.rows,
         "most_rows": candidate.most_rows,
         "collectives": candidate.collectives,
+        "pipeline": None if candidate.pipeline is None else _pipeline(candidate.pipeline),
         "rejected": candidate.rejected or None,
+    }
+
+
+def _pipeline(pipeline: Pipeline) -> dict[str, float]:
+    return {
+        "stages": pipeline.stages,
+        "layers_per_stage": pipeline.layers,
+        "microbatches": pipeline.microbatches,
+        "ticks": pipeline.ticks,
+        "bubble_share": pipeline.bubble,
     }
 
 

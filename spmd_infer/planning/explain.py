@@ -130,7 +130,7 @@ def _table(plan: PlanOutcome) -> list[str]:
         rows.append(
             (
                 ("> " if candidate is plan.chosen else "  ") + str(candidate.mesh),
-                candidate.layout,
+                layout_words(candidate),
                 gigabytes(memory.weights),
                 gigabytes(memory.cache) if memory.cache else "-",
                 gigabytes(memory.activations) if time else "-",
@@ -146,6 +146,12 @@ def _table(plan: PlanOutcome) -> list[str]:
         short = sum(map(too_large, rest))
         lines.append(f"    and {len(rest)} more, of which {short} do not fit; --json and --html list them")
     return lines
+
+
+def layout_words(candidate: Candidate) -> str:
+    """The layout; of a pipeline also the part of the time that a stage idles."""
+    idle = f", idle {candidate.pipeline.bubble:.0%}" if candidate.pipeline is not None else ""
+    return candidate.layout + idle
 
 
 def too_large(candidate: Candidate) -> bool:

@@ -10,7 +10,14 @@ from html import escape
 
 from spmd_infer.planning.drawing import Part, legend, mesh_picture, shares, weight_picture
 from spmd_infer.planning.estimates import Candidate, StepTime, gigabytes
-from spmd_infer.planning.explain import memory_parts, mesh_words, milliseconds, tensor_search_words, too_large
+from spmd_infer.planning.explain import (
+    layout_words,
+    memory_parts,
+    mesh_words,
+    milliseconds,
+    tensor_search_words,
+    too_large,
+)
 from spmd_infer.planning.outcome import PlanOutcome
 from spmd_infer.planning.weight_groups import weight_groups
 
@@ -81,6 +88,9 @@ def _head(plan: PlanOutcome) -> Iterator[str]:
         f"The mesh was {'given by the caller' if plan.given else 'chosen by the planner'}.</p>"
     )
     facts = {"mesh": str(plan.mesh), "layout": chosen.layout or "-"}
+    if chosen.pipeline is not None:
+        facts["micro-batches"] = str(chosen.pipeline.microbatches)
+        facts["bubble"] = f"{chosen.pipeline.bubble:.0%} of the time"
     facts |= {f"{phase.name}, a step": milliseconds(phase.time.total) for phase in chosen.phases}
     if chosen.time is not None:
         facts["in all"] = milliseconds(chosen.time.total)
@@ -188,7 +198,7 @@ def _candidates(plan: PlanOutcome) -> Iterator[str]:
         by_name = {phase.name: milliseconds(phase.time.total) for phase in candidate.phases}
         cells = [
             f"<td><code>{escape(mesh_words(candidate.mesh.shape))}</code></td>",
-            f"<td>{escape(candidate.layout)}</td>",
+            f"<td>{escape(layout_words(candidate))}</td>",
             f'<td class="n">{gigabytes(candidate.memory.total)}</td>',
             *(f'<td class="n">{by_name.get(name, "-")}</td>' for name in (phases if len(phases) > 1 else ())),
             f'<td class="n">{milliseconds(candidate.time.total) if candidate.time else "-"}</td>',

@@ -57,7 +57,9 @@ class Planner:
         Layouts that come to the same on this mesh are looked at once.
         """
         different: dict[Any, AxisRules] = {}
-        for rules in self.layouts:
+        # The cost of a pipeline does not know of weights that must be brought together in every tick.
+        layouts = self.layouts[:1] if stage_parts(self.layouts[0], mesh.shape) > 1 else self.layouts
+        for rules in layouts:
             different.setdefault(_effect(rules, mesh), rules)
         for assigned in product(different.values(), repeat=max(1, len(self._phases))):
             if all(rules.rules == assigned[0].rules for rules in assigned):

@@ -62,6 +62,8 @@ def make_plan(
     forward = staged and bool(phases)
     if (staged or not phases) and inputs is not None:
         phases = (Phase("infer", None, inputs),)
+        if shallow is not None:
+            shallow = shallow.taking({"infer": inputs})
     several = SEARCHED if model.axes else (ONE_D, WEIGHT_GATHERED)  # the others move only axes that are named
     searched = several if mesh is None and not cluster.device.shared else (ONE_D,)
     known = (rules,) if rules is not None else searched

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from jax.sharding import PartitionSpec
 
-from spmd_infer.axes import LAYERS, AxisRules
+from spmd_infer.axes import ATTN_BATCH, LAYERS, AxisRules
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.pipeline import microbatch_count
 from spmd_infer.planning.cost import Traffic, cost_of
@@ -83,6 +83,7 @@ def staged_cost(
     held = sum(layout.device_bytes for layout in weights)
     if work is None:
         return StagedCost(Memory(held, 0, 0, 0), None, {}, shape)
+    rules = _with_attention(rules)
     one_by_one = [layout for stacked in weights for layout in _unstacked(stacked, model.sources)]
     whole = cost_of(mesh, rules, one_by_one, work.whole, cluster)
     outside = cost_of(mesh, rules, one_by_one, work.outside, cluster)
@@ -107,6 +108,13 @@ def staged_cost(
     inside_layers = whole.memory.activations * stages // count + 2 * own + 3 * own * stages // count
     memory = Memory(held, 0, max(outside.memory.activations, inside_layers), whole.memory.inputs)
     return StagedCost(memory, cost.time, traffic, shape)
+
+
+def _with_attention(rules: AxisRules) -> AxisRules:
+    """Layers one by one have rows over the stages in attention too; in the pipeline it sees one stage's rows."""
+    axes = rules.mesh_axes(LAYERS)
+    rows = tuple(axis for axis in rules.of_activations.mesh_axes(ATTN_BATCH) if axis not in axes)
+    return replace(rules, activations={**rules.activations, ATTN_BATCH: (*axes, *rows)})
 
 
 def _unstacked(layout: WeightLayout, sources: Mapping[str, Sequence[str]]) -> list[WeightLayout]:

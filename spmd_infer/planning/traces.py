@@ -29,6 +29,10 @@ class Shallow:
     two: tuple[ModelFunction, Mapping[str, Any]]
     three: tuple[ModelFunction, Mapping[str, Any]]
 
+    def taking(self, inputs: Mapping[str, Any]) -> Shallow:
+        """The same models with other inputs, which do not depend on the number of layers."""
+        return Shallow(self.num_layers, (self.two[0], inputs), (self.three[0], inputs))
+
 
 class Traces:
     """The work of one model for one workload.

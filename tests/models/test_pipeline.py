@@ -25,9 +25,9 @@ from spmd_infer.models.cnn import Config as CNNConfig
 from spmd_infer.models.cnn import SmallCNN
 from spmd_infer.models.llama import Config, Llama
 from spmd_infer.models.pipeline import Stages, bubble_share, microbatch_count
-from spmd_infer.staging import pipelined
 from spmd_infer.planning.audit import Collective, collectives
 from spmd_infer.planning.layouts import find_layout
+from spmd_infer.staging import pipelined
 from tests.references.llama_variants import token_ids, write_checkpoint
 
 # float32 sums in another order, relative to the largest value.

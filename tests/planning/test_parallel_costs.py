@@ -14,7 +14,6 @@ from spmd_infer.errors import PlanError
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.llama import Config, Llama, input_spec
-from spmd_infer.staging import for_stages
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.cost import MeshCost, cost_of
 from spmd_infer.planning.estimates import Memory, StepTime
@@ -30,6 +29,7 @@ from spmd_infer.planning.parallel_costs import (
 )
 from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.workload import Workload
+from spmd_infer.staging import for_stages
 
 CONFIG = Config(
     vocab_size=64, embed_dim=32, mlp_dim=64, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=8, context_len=64
