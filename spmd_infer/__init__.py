@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spmd_infer.errors import SpmdInferError
     from spmd_infer.generation.sampling import SamplingParams
     from spmd_infer.mesh import MeshSpec
+    from spmd_infer.multihost.start import initialize
     from spmd_infer.planning.layouts import find_layout
     from spmd_infer.planning.mesh_plan import MeshPlan
     from spmd_infer.planning.workload import Workload
@@ -44,6 +45,7 @@ _HOME = {
     "axis_scope": "axes",
     "constrain": "axes",
     "find_layout": "planning.layouts",
+    "initialize": "multihost.start",
     "plan": "plans",
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "axis_scope",
     "constrain",
     "find_layout",
+    "initialize",
     "plan",
 ]
 

@@ -9,7 +9,8 @@
     ├── BatchError             input whose structure, shape, dtype or size is wrong
     ├── CheckpointError        a file that is damaged, incomplete or not what it says
     │   └── UnknownFormatError …or in a format that no reader handles
-    └── TaskError              a task that the loaded model does not offer, or bad task options
+    ├── TaskError              a task that the loaded model does not offer, or bad task options
+    └── ClusterError           processes that cannot form, or keep up, one job
 
 ``BatchError`` and ``TaskError`` are ``ValueError`` too, so that callers who know nothing of this package catch them
 where they would expect to.
@@ -64,3 +65,7 @@ class UnknownFormatError(CheckpointError):
 
 class TaskError(SpmdInferError, ValueError):
     """A task that the loaded model does not offer, or options that make no sense for it."""
+
+
+class ClusterError(SpmdInferError):
+    """Processes that cannot form one job, do not agree, or were told something else than they expected."""

@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from spmd_infer import __version__
-from spmd_infer.cli import bench, convert, doctor, generate, images, infer, inspect, plan, reshard, sentences, verify
+from spmd_infer.cli import (
+    bench,
+    convert,
+    doctor,
+    generate,
+    images,
+    infer,
+    inspect,
+    launch,
+    plan,
+    reshard,
+    sentences,
+    verify,
+)
 from spmd_infer.cli.configuration import read_configuration
 from spmd_infer.cli.exit_codes import NO_LAYOUT, REFUSED_INPUT, UNUSABLE_MODEL
 from spmd_infer.cli.options import DEBUG_VARIABLE
@@ -45,6 +58,7 @@ app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("launch")(launch.launch)
 app.command("doctor")(doctor.doctor)
 
 
