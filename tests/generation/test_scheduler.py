@@ -347,16 +347,17 @@ def test_nobody_reads_a_page_in_the_step_that_computes_it() -> None:
     assert chunks(scheduler.plan(0.0)) == [("first", 0, 16, True), ("same", 0, 16, True)]
 
 
-def test_what_was_said_can_be_found_as_a_prompt() -> None:
+@pytest.mark.parametrize(("said", "start"), [(7, 12), (6, 8)])
+def test_what_was_said_can_be_found_as_a_prompt(said: int, start: int) -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence("turn 1", 6))
-    run(scheduler, 7)
+    run(scheduler, said)
     before = scheduler["turn 1"]
     scheduler.finish("turn 1")
     scheduler.add(Sequence("turn 2", [*before.tokens, 9, 9], 4))
-    # 13 tokens, whose last may not have been computed.
-    assert len(before.tokens) == 13
-    assert chunks(scheduler.plan(0.0)) == [("turn 2", 12, 3, True)]
+    # The last token may not have been computed: of 12 only 11 can be relied on, which are two full pages.
+    assert len(before.tokens) == 6 + said
+    assert chunks(scheduler.plan(0.0)) == [("turn 2", start, 6 + said + 2 - start, True)]
 
 
 def test_a_fork_shares_full_pages_and_copies_the_last() -> None:
@@ -402,6 +403,45 @@ def test_a_fork_of_a_parent_that_is_gone_computes_what_is_not_cached() -> None:
         scheduler.fork("parent", "another")
     with pytest.raises(TaskError, match="'child' is running or waiting already"):
         scheduler.fork("child", "child")
+
+
+def test_a_fork_does_not_copy_what_its_parent_has_yet_to_compute_again() -> None:
+    scheduler = scheduler_of(num_pages=16, slots=2, prefix_cache=False, context_len=64, max_copies=8)
+    scheduler.add(sequence("first", 8, 50))
+    scheduler.add(sequence("parent", 8, 50))
+    run(scheduler, 3)
+    scheduler.fork("parent", "child")
+    while not (plan := scheduler.plan(0.0)).preempted:
+        accept_all(scheduler, plan)
+    assert ids(plan.preempted) == ["parent"]
+    length = len(scheduler["parent"].tokens)
+    scheduler.finish("first")
+    assert chunks(scheduler.plan(0.0)) == [("parent", 0, 16, False), ("child", 0, 11, True)]
+    assert length > 16
+    scheduler.fork("child", "grandchild", [3])
+    assert scheduler["grandchild"].state is State.WAITING
+
+
+def test_the_queue_keeps_its_order_when_most_leave_it() -> None:
+    scheduler = scheduler_of(slots=1, overtaking=7)
+    random = np.random.default_rng(0)
+    priorities = random.integers(0, 40, 500).tolist()
+    for name, priority in enumerate(priorities):
+        scheduler.add(sequence(name, priority=priority, deadline=1e9))
+    kept = sorted(random.choice(500, 60, replace=False).tolist())
+    for name in random.permutation(500).tolist():
+        if name not in kept:
+            scheduler.cancel(name)
+    # Those that left do not stay in memory for as long as their deadlines are away.
+    queue = scheduler._waiting
+    assert len(queue) == 60
+    assert max(len(queue._by_rank), len(queue._by_deadline)) <= 2 * 60 + 64
+    order = []
+    while len(scheduler):
+        (chunk,) = scheduler.plan(0.0).prefills
+        order.append(chunk.sequence.id)
+        scheduler.finish(chunk.sequence.id)
+    assert order == sorted(kept, key=lambda name: (name + 7 * priorities[name], name))
 
 
 def test_requests_spread_over_parts_and_follow_their_prefix() -> None:

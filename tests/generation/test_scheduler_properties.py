@@ -121,6 +121,7 @@ class SchedulerOnDevice(RuleBasedStateMachine):
     @rule(passed=st.sampled_from([0, 1, 1, 1, 5]))
     def step(self, passed: int) -> None:
         self.now += passed
+        self.last_part = {sequence.id: sequence.part for part in self.scheduler.parts for sequence in part.running}
         plan = self.scheduler.plan(self.now)
         self.check_plan(plan)
         self.device.dispatch(plan)
@@ -152,6 +153,7 @@ class SchedulerOnDevice(RuleBasedStateMachine):
             decodes = [sequence for sequence in plan.decodes if sequence.part == part.index]
             tokens = sum(chunk.length for chunk in chunks) + limits.width * len(decodes)
             assert tokens <= limits.token_budget or (not limits.chunked and len(chunks) == 1)
+            assert not chunks or part.index not in {self.last_part[sequence.id] for sequence in plan.preempted}
             for chunk in chunks:
                 assert chunk.length > 0
                 assert chunk.last == (chunk.start + chunk.length == chunk.sequence.target)
