@@ -14,6 +14,7 @@ if __name__ != "spmd_infer.checkpoints":
     )
 
 if TYPE_CHECKING:
+    from spmd_infer.checkpoints.background import Saving, save_async
     from spmd_infer.checkpoints.formats import Format, open_checkpoint
     from spmd_infer.checkpoints.loading import load_onto, unused_tensors
     from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo
@@ -24,10 +25,12 @@ _HOME = {
     "Format": "formats",
     "Index": "reader",
     "Reader": "reader",
+    "Saving": "background",
     "TensorInfo": "reader",
     "load_onto": "loading",
     "open_checkpoint": "formats",
     "save": "saving",
+    "save_async": "background",
     "unused_tensors": "loading",
     "verify": "verifying",
 }
@@ -36,10 +39,12 @@ __all__ = [
     "Format",
     "Index",
     "Reader",
+    "Saving",
     "TensorInfo",
     "load_onto",
     "open_checkpoint",
     "save",
+    "save_async",
     "unused_tensors",
     "verify",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from types import TracebackType
 
 _MOST_WORKERS = 4
@@ -19,6 +21,9 @@ def workers() -> int:
 class Pipeline:
     """Runs work in threads and acts in the calling thread, each act once all work given before it is done.
 
+    The threads are its own rather than a ``ThreadPoolExecutor``'s: those take nothing more once the interpreter has
+    begun to exit, while a save in the background still has to end then.
+
     Args:
         budget_bytes: how many bytes may be under way; a piece of work that takes more runs while nothing else does.
         what: what the threads are called.
@@ -30,14 +35,20 @@ class Pipeline:
     def __init__(self, budget_bytes: int, what: str = "checkpoint") -> None:
         self._budget = budget_bytes
         self._taken = 0
+        self._failed = False
         self._queue: deque[tuple[Future[None], int] | Callable[[], None]] = deque()
-        self._pool = ThreadPoolExecutor(workers(), thread_name_prefix=what)
+        self._waiting: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._serve, name=f"{what}-{i}") for i in range(workers())]
+        for thread in self._threads:
+            thread.start()
 
     def run(self, nbytes: int, work: Callable[[], None]) -> None:
         """Have a thread do something that takes that many bytes of memory; waits while the budget is taken."""
         self._settle(until=self._budget - nbytes)
         self._taken += nbytes
-        self._queue.append((self._pool.submit(work), nbytes))
+        future: Future[None] = Future()
+        self._queue.append((future, nbytes))
+        self._waiting.put((future, work))
 
     def then(self, act: Callable[[], None]) -> None:
         """Do something in the calling thread, once all work given so far is done."""
@@ -58,6 +69,21 @@ class Pipeline:
                 self._queue.popleft()
                 first()
 
+    def _serve(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            future, work = item
+            if self._failed:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                try:
+                    work()
+                except BaseException as error:  # raised again where the result is asked for
+                    self._failed = True
+                    future.set_exception(error)
+                else:
+                    future.set_result(None)
+            del future, work, item
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -66,5 +92,11 @@ class Pipeline:
             if kind is None:
                 self._settle(until=-1)
         finally:
+            for entry in self._queue:
+                if not callable(entry):
+                    entry[0].cancel()
             self._queue.clear()
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            for _ in self._threads:
+                self._waiting.put(None)
+            for thread in self._threads:
+                thread.join()

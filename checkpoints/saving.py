@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +14,6 @@ import jax
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from spmd_infer.checkpoints.boxes import Box, part, relative
@@ -39,7 +40,9 @@ from spmd_infer.tensors import Axes
 
 Array = npt.NDArray[Any]
 
-_MESSAGE_BYTES = 1024
+_PATIENCE_MS = 4 * 3600 * 1000  # a lost process is noticed by its heartbeat, long before
+_steps: dict[Path, int] = {}  # how many steps this process has taken with the others, for each target
+_steps_lock = threading.Lock()
 
 
 class _Part(msgspec.Struct):
@@ -75,9 +78,7 @@ def save(
         CheckpointError: another process is saving there, the path exists, the disk is full or not writable. In a job
             every process raises when one fails, and says which one did.
     """
-    for name, array in params.items():
-        if not isinstance(array, jax.Array) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-            raise CheckpointError(f"{name!r} is a {type(array).__name__}; expected a jax.Array of numbers")
+    check_arrays(params)
     target, named = Path(path).absolute(), axes or {}
     needed = sum(array.nbytes for array in params.values())
     if jax.process_count() == 1:
@@ -120,20 +121,39 @@ def save(
         _together(finish if first else None, target)
 
 
+def check_arrays(params: Mapping[str, jax.Array]) -> None:
+    """Refuse what cannot be saved."""
+    for name, array in params.items():
+        if not isinstance(array, jax.Array) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            raise CheckpointError(f"{name!r} is a {type(array).__name__}; expected a jax.Array of numbers")
+
+
 def _together(step: Callable[[], None] | None, target: Path) -> None:
-    """Take a step, then learn whether every process could take its own; raises in all of them where one could not."""
+    """Take a step, then learn whether every process could take its own; raises in all of them where one could not.
+
+    Over the coordination service and not with a collective, so that a save in the background does not get between the
+    collectives of the program in front.
+    """
+    from jax._src.distributed import global_state  # the service has no public interface
+
     failure: Exception | None = None
     try:
         if step is not None:
             step()
     except Exception as error:  # whatever it is: the others must not wait for this process for ever
         failure = error
-    message = np.zeros(_MESSAGE_BYTES, np.uint8)
-    raw = (f"{failure}" or type(failure).__name__).encode()[:_MESSAGE_BYTES] if failure is not None else b""
-    message[: len(raw)] = np.frombuffer(raw, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, _MESSAGE_BYTES)
-    said = [bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in rows]
-    found = [f"process {rank}: {text}" for rank, text in enumerate(said) if text]
+    service: Any = global_state.client
+    with _steps_lock:
+        _steps[target] = _steps.get(target, 0) + 1
+        key = f"spmd-infer/save/{hashlib.sha256(str(target).encode()).hexdigest()[:16]}/{_steps[target]}"
+    text = f"{failure}" or type(failure).__name__ if failure is not None else ""
+    service.key_value_set(f"{key}/{jax.process_index()}", text or "-")
+    try:
+        service.wait_at_barrier(key, _PATIENCE_MS)
+    except Exception as error:
+        raise CheckpointError(f"{target}: save failed: a process was lost or is stuck: {error}") from error
+    said = [service.blocking_key_value_get(f"{key}/{rank}", 60_000) for rank in range(jax.process_count())]
+    found = [f"process {rank}: {text}" for rank, text in enumerate(said) if text != "-"]
     if found:
         raise CheckpointError(f"{target}: save failed: {'; '.join(found)}") from failure
 
