@@ -191,6 +191,21 @@ def expert_cost(mesh: MeshSpec, rules: AxisRules, work: ExpertWork, cluster: Clu
     )
 
 
+def expert_scratch(mesh: MeshSpec, rules: AxisRules, work: ExpertWork, cluster: Cluster) -> int:
+    """Bytes of intermediate results of a block of experts on a device.
+
+    The tokens that it sees and their sums in float32; on accelerators also the rows of all experts one after another,
+    with their hidden width, which CPUs work through in blocks.
+    """
+    split = _expert_axes(mesh, rules, work)
+    group = work.tokens * _parts(mesh, split.shared) // _parts(mesh, split.rows)
+    chosen = group * work.experts_per_token
+    size = group * work.embed_dim * (work.itemsize + 4) + 4 * 4 * chosen
+    if not cluster.device.shared:
+        size += chosen * (work.embed_dim * (work.itemsize + 4) + 3 * 4 * work.mlp_dim // _parts(mesh, split.hidden))
+    return size
+
+
 def message_time(messages: Sequence[Message], mesh: MeshSpec, cluster: Cluster) -> float:
     """Seconds that the messages of a step take, one after the other."""
     return sum(m.times * collective_time(m.kind, m.nbytes, mesh, m.axes, cluster) for m in messages)

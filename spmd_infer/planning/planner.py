@@ -224,8 +224,14 @@ class Planner:
         key = (self._laid(mesh, assigned, rows), id(rules), phase.name, rows)
         if key not in self._costs:
             work, (layouts, _) = self._traces.work(phase, rows), self.weights(mesh, assigned, rows)
-            self._costs[key] = cost_of(mesh, rules, layouts, work, self._part(mesh))
+            cost, cluster = cost_of(mesh, rules, layouts, work, self._part(mesh)), self._part(mesh)
+            self._costs[key] = self._traces.with_experts(cost, phase, rows, mesh, rules, cluster)
         return self._costs[key]
+
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """How many experts each block of the model has."""
+        return self._traces.num_experts
 
     @property
     def untraced(self) -> str:

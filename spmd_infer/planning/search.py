@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
-from spmd_infer.axes import DATA, MODEL, STAGE, AxisRules
+from spmd_infer.axes import DATA, EXPERT, MODEL, STAGE, AxisRules
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.phases import Phase
 from spmd_infer.planning.choice import CLOSE, choose, score
 from spmd_infer.planning.estimates import Candidate, gigabytes
+from spmd_infer.planning.experts import ROWS_OVER_EXPERTS, without_experts
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.layouts import KV_OVER_BATCH, ONE_D, TWO_D, WEIGHT_GATHERED
@@ -66,16 +68,19 @@ def make_plan(
             shallow = shallow.taking({"infer": inputs})
     several = SEARCHED if model.axes else (ONE_D, WEIGHT_GATHERED)  # the others move only axes that are named
     searched = several if mesh is None and not cluster.device.shared else (ONE_D,)
+    if shallow is None and without_experts(model)[1].sizes:
+        searched = (*searched, ROWS_OVER_EXPERTS)
     known = (rules,) if rules is not None else searched
     with_units = tuple(each.with_units(units or {}) for each in known)
     planner = Planner(model, cluster, phases, workload, with_units, shallow)
     if mesh is not None:
         for each in planner.layouts:  # a collision on the caller's own mesh is the caller's to hear about
             planner.weights(mesh, (each,) * max(1, len(phases)), 0)
-    layers = layer_count(model) if rules is None and [phase.call for phase in phases] == [None] else 0
+    forwards = rules is None and [phase.call for phase in phases] == [None]
+    layers = layer_count(model) if forwards and not planner.num_experts else 0
     candidates = [
         planner.candidate(spec, assigned)
-        for spec in _meshes(cluster, mesh, workload, layers)
+        for spec in _meshes(cluster, mesh, workload, layers, gcd(*planner.num_experts) if rules is None else 0)
         for assigned in planner.assignments(spec)
     ]
     names = [each.name for each in planner.layouts]
@@ -114,10 +119,10 @@ def make_plan(
     )
 
 
-def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload, layers: int) -> list[MeshSpec]:
+def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload, layers: int, experts: int) -> list[MeshSpec]:
     """Every data x model factorisation of the devices, of fewer devices too where cost counts, and the given mesh.
 
-    Where ``layers`` can be shared out over stages, those meshes too.
+    Where ``layers`` can be shared out over stages, or ``experts`` over devices of their own, those meshes too.
     """
     counts = [cluster.count]
     if workload.objective == "cost" and given is None:
@@ -129,13 +134,14 @@ def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload, layers
         if count % parts == 0
     ]
     meshes += [
-        MeshSpec.of(stage=stages, data=rest // parts, model=parts)
+        MeshSpec.of(**{axis: parts, DATA: rest // model, MODEL: model})
         for count in counts
-        for stages in range(2, count + 1)
-        if count % stages == 0 and layers and layers % stages == 0
-        for rest in (count // stages,)
-        for parts in range(1, rest + 1)
-        if rest % parts == 0
+        for axis, units in ((STAGE, layers), (EXPERT, experts))
+        for parts in range(2, count + 1)
+        if count % parts == 0 and units and units % parts == 0
+        for rest in (count // parts,)
+        for model in range(1, rest + 1)
+        if rest % model == 0
     ]
     return meshes if given is None or given in meshes else [*meshes, given]
 

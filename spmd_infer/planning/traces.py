@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spmd_infer.axes import AxisRules
 from spmd_infer.functional import ModelFunction
+from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.phases import Phase
-from spmd_infer.planning.cost import is_cache
+from spmd_infer.planning.cost import MeshCost, is_cache
+from spmd_infer.planning.experts import SeenExperts, with_experts, without_experts
+from spmd_infer.planning.hardware import Cluster
+from spmd_infer.planning.parallel_costs import ExpertWork
 from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.work import Value, Work, deeper
 from spmd_infer.planning.workload import Workload
@@ -43,7 +48,9 @@ class Traces:
 
     def __init__(self, model: ModelFunction, workload: Workload, shallow: Shallow | None) -> None:
         self._model, self._workload, self._shallow = model, workload, shallow
+        self._called, self._experts = (model, SeenExperts([])) if shallow is not None else without_experts(model)
         self._works: dict[tuple[str, int], Work | None] = {}
+        self._blocks: dict[tuple[str, int], list[ExpertWork]] = {}
         self._outside: dict[tuple[str, int], tuple[Work, tuple[int, ...]] | None] = {}
         self.failed = ""
 
@@ -73,6 +80,18 @@ class Traces:
                 self._outside[key] = None
         return self._outside[key]
 
+    @property
+    def num_experts(self) -> tuple[int, ...]:
+        """How many experts each block of the model has."""
+        return tuple(sizes.num_experts for sizes in self._experts.sizes)
+
+    def with_experts(
+        self, cost: MeshCost, phase: Phase, rows: int, mesh: MeshSpec, rules: AxisRules, cluster: Cluster
+    ) -> MeshCost:
+        """A step's cost with that of its blocks of experts."""
+        blocks = self._blocks.get((phase.name, rows), [])
+        return with_experts(cost, blocks, self._experts.dtype, mesh, rules, cluster)
+
     def caches(self, phase: Phase, rows: int) -> list[tuple[Value, int]]:
         """Each kind of cached keys or values, and how many there are."""
         work = self.work(phase, rows)
@@ -88,7 +107,10 @@ class Traces:
             return read_work(called, *self._workload.batch(inputs, rows))
 
         if self._shallow is None:
-            return work(self._model, phase.inputs)
+            self._experts.work = []
+            found = work(self._called, phase.inputs)
+            self._blocks[phase.name, rows] = self._experts.work
+            return found
         (two, inputs_two), (three, inputs_three) = self._shallow.two, self._shallow.three
         return deeper(
             work(two, inputs_two[phase.name]), work(three, inputs_three[phase.name]), self._shallow.num_layers
