@@ -2,15 +2,21 @@
 
 Weights keep the layout in which Hugging Face stores them, ``[out, in]``: loading needs no transpose, and XLA on CPU
 multiplies few rows by such weights up to several times faster than by ``[in, out]`` ones. Every product accumulates in
-float32 whatever the weights' dtype, and is returned in the input's dtype.
+float32 (or exactly, in integers) whatever the weights' dtype, and is returned in the input's dtype.
+
+``Linear`` and ``Embedding`` may hold small numbers with scales instead of floats: ``spmd_infer.models.quantised`` makes
+them so, ``spmd_infer.models.dense`` multiplies by them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from spmd_infer.models.dense import dense, dequantise, rotate
 from spmd_infer.tensors import Axes
 
 _initial = nnx.initializers.normal(0.02)
@@ -31,32 +37,54 @@ class Linear(nnx.Module):
         self, in_features: int, out_features: int, *, axes: Axes, use_bias: bool = False, rngs: nnx.Rngs
     ) -> None:
         self.weight = nnx.Param(_initial(rngs.params(), (out_features, in_features)), axes=axes)
+        self.weight_scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.rotation = 0
         self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[:1]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Project ``x [..., in]`` to ``[..., out]``."""
-        weight = self.weight[...]
-        y = jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        y = _project(x, self)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table ``[rows, width]`` looked up by integer ids; ``attend`` uses the same table as an output projection."""
+    """A table ``[rows, width]`` looked up by integer ids; ``attend`` uses the same table as an output projection.
 
-    def __init__(self, rows: int, width: int, *, axes: Axes, rngs: nnx.Rngs) -> None:
+    Args:
+        rows: how many ids there are.
+        width: size of each row.
+        axes: logical axes of the table.
+        rngs: source of the initial weights.
+        attends: whether the model calls ``attend``: such a table is a projection, and quantised like one.
+    """
+
+    def __init__(self, rows: int, width: int, *, axes: Axes, rngs: nnx.Rngs, attends: bool = False) -> None:
         self.weight = nnx.Param(_initial(rngs.params(), (rows, width)), axes=axes)
+        self.weight_scale: nnx.Param[jax.Array] | None = nnx.data(None)
+        self.rotation = 0
+        self.attends = attends
+        self.dtype: Any = None  # of looked-up rows, where the table does not say
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Rows of the table for ``ids [...]``, as ``[..., width]``."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        rows = jnp.take(self.weight[...], ids, axis=0)
+        if self.weight_scale is None:
+            return rows
+        values = dequantise(rows, jnp.take(self.weight_scale[...], ids, axis=0))
+        return rotate(values, self.rotation).astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Scores of ``x [..., width]`` against every row, in float32, as ``[..., rows]``."""
-        return jax.lax.dot_general(
-            x, self.weight[...], (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        return _project(x, self)
+
+
+def _project(x: jax.Array, part: Linear | Embedding) -> jax.Array:
+    """``x [..., in]`` times the weight of a part, in float32, whatever the weight's numbers are."""
+    if part.weight_scale is None:
+        return dense(x, part.weight[...])
+    return dense(rotate(x, part.rotation), part.weight[...], part.weight_scale[...])
 
 
 class RMSNorm(nnx.Module):

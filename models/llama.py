@@ -271,14 +271,11 @@ class Llama(nnx.Module):
     pipelined_layers = "layers"
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs) -> None:
-        self.embed_tokens = Embedding(config.vocab_size, config.embed_dim, axes=(VOCAB, EMBED), rngs=rngs)
+        table = partial(Embedding, config.vocab_size, config.embed_dim, axes=(VOCAB, EMBED), rngs=rngs)
+        self.embed_tokens = table(attends=config.tie_embeddings)
         self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.embed_dim, axes=(EMBED,), epsilon=config.norm_epsilon)
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else Embedding(config.vocab_size, config.embed_dim, axes=(VOCAB, EMBED), rngs=rngs)
-        )
+        self.lm_head = None if config.tie_embeddings else table(attends=True)
         self.config = config
 
     def __call__(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
