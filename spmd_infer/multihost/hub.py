@@ -246,6 +246,8 @@ class Hub:
             self._everyone({"t": "exit"})
 
     def _at_fault(self) -> Iterator[Member]:
+        if self._cause["kind"] in ("died", "lost"):
+            return
         yield from (self.members[rank] for rank in self._cause["ranks"] if not self.members[rank].gone)
 
     def _everyone(self, message: Message) -> None:

@@ -30,8 +30,12 @@ SLURM = {
 }
 # In the batch script, and in a shell of salloc: no step, though SLURM_PROCID is there.
 SLURM_BATCH = {
-    "SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_NODELIST": "node[07-08]",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4711",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_NODELIST": "node[07-08]",
+}
 # As mpirun of Open MPI 4.1.4 sets them for the second of two processes on one host.
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
@@ -140,17 +144,17 @@ def test_what_a_rank_starts_is_no_rank() -> None:
         (SLURM | {"SLURM_PROCID": "4"}, r"rank 4 in a job of 4 processes: ranks go from 0 to 3 \(SLURM job 4711"),
         (SLURM | {"SLURM_STEP_NODELIST": "node[7-"}, r"cannot read the node list 'node\[7-' from character 1 on"),
         (SLURM | {"SLURM_STEP_NODELIST": "node[8-7]"}, r"range '8-7' in the node list .* is empty"),
-        ({k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, r"SLURM_PROCID is not set\): set SPMD_INFER_PROCESS_ID"),
-        ({"PMIX_RANK": "1"}, r"PMIx does not say the job's number of processes .OMPI_COMM_WORLD_SIZE is not set.: set SPMD"),
-        ({"SPMD_INFER_PROCESS_ID": "1"}, r"do not say|does not say the job's number of processes: set SPMD_INFER_NUM_PROC"),
+        ({k: v for k, v in SLURM.items() if k != "SLURM_PROCID"}, r"SLURM_PROCID is not set\): set SPMD_INFER_PRO"),
+        ({"PMIX_RANK": "1"}, r"PMIx does not say the job's number of processes .OMPI_COMM_WORLD_SIZE is not"),
+        ({"SPMD_INFER_PROCESS_ID": "1"}, r"does not say the job's number of processes: set SPMD_INFER_NUM_PROC"),
         ({"SPMD_INFER_NUM_PROCESSES": "2"}, r"say the job's rank of this process: set SPMD_INFER_PROCESS_ID"),
         ({"SPMD_INFER_NUM_PROCESSES": "2", "SPMD_INFER_PROCESS_ID": "0"}, r"set SPMD_INFER_COORDINATOR"),
         (OWN | {"SPMD_INFER_PROCESS_ID": "8"}, r"rank 8 in a job of 8 processes"),
         (OWN | {"SPMD_INFER_PROCESS_ID": "-1"}, r"SPMD_INFER_PROCESS_ID='-1': expected a whole number"),
         (OWN | {"SPMD_INFER_NUM_PROCESSES": "0"}, r"SPMD_INFER_NUM_PROCESSES='0': expected a whole number from 1"),
         (OWN | {"SPMD_INFER_COORDINATOR": "h:p"}, r"SPMD_INFER_COORDINATOR='h:p': .* from 1 to 65535, got 'p'"),
-        (OWN | {"SPMD_INFER_COORDINATOR": "http://h:1"}, r"SPMD_INFER_COORDINATOR='http://h:1' names no host|no address"),
-        (SLURM | LWS, r"SLURM job 4711, step 0 says rank 2 of 4, but Kubernetes LeaderWorkerSet says rank 3 of 4; say wh"),
+        (OWN | {"SPMD_INFER_COORDINATOR": "http://h:1"}, r"SPMD_INFER_COORDINATOR='http://h:1'"),
+        (SLURM | LWS, r"SLURM job 4711, step 0 says rank 2 of 4, but Kubernetes LeaderWorkerSet says rank 3 of 4"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(env: Mapping[str, str], message: str) -> None:
@@ -165,13 +169,14 @@ def test_any_part_of_a_schedulers_variables_gives_a_place_or_names_a_variable(
     kept = data.draw(st.sets(st.sampled_from(sorted(whole))))
     part = {name: whole[name] for name in kept}
     full = detect(whole)
+    wrong = ""
     try:
         place = detect(part)
     except ClusterError as error:
-        assert re.search(r"\b(SPMD_INFER|SLURM|OMPI|PMIX|LWS|JOB)_[A-Z_]+", str(error))
-    else:
-        # Never another rank's place: either one process on its own, or just what the whole says.
-        assert place.size == 1 or (place.rank, place.size) == (full.rank, full.size)
+        place, wrong = full, str(error)
+    assert not wrong or re.search(r"\b(SPMD_INFER|SLURM|OMPI|PMIX|LWS|JOB)_[A-Z_]+", wrong)
+    # Never another rank's place: either one process on its own, or just what the whole says.
+    assert place.size == 1 or (place.rank, place.size) == (full.rank, full.size)
 
 
 @given(st.dictionaries(st.sampled_from([*SLURM, *OPEN_MPI, *LWS, *OWN]), st.text(max_size=30)))
