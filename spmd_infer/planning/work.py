@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spmd_infer.planning.layout import nbytes
+
+if TYPE_CHECKING:
+    from spmd_infer.planning.flow import Flow
 
 Labels = tuple[str | None, ...]
 
@@ -51,7 +54,8 @@ class Product:
             the table's rows, which the index has no dimension for.
         times: how often it runs in one step.
         lookup: whether it reads only some rows of its right operand.
-        batch_right: dimensions of the right operand that are the same dimension as one of the left.
+        batch_left: dimensions of the left operand that are not summed, and the same as one of the right.
+        batch_right: those of the right operand.
         halos: ``(left dimension, rows before, rows after)`` that a convolution's window reaches beyond each place.
     """
 
@@ -62,6 +66,7 @@ class Product:
     summed_dimensions: tuple[tuple[int | None, int], ...]
     times: int = 1
     lookup: bool = False
+    batch_left: tuple[int, ...] = ()
     batch_right: tuple[int, ...] = ()
     halos: tuple[tuple[int, int, int], ...] = ()
 
@@ -111,8 +116,7 @@ class Work:
         products: in the order of execution, equal ones as one with the sum of their times.
         reductions: likewise.
         relabels: likewise.
-        lives: ``(value, first, last)`` of each intermediate result: the positions between which it is alive. Inputs and
-            results are not among them.
+        flow: how values pass from one operation to the next; None where their memory is not asked for.
         inputs: the batch's arrays.
         outputs: the results, without those that are inputs updated in place.
     """
@@ -120,7 +124,7 @@ class Work:
     products: list[Product] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     relabels: list[Relabel] = field(default_factory=list)
-    lives: list[tuple[Value, int, int]] = field(default_factory=list)
+    flow: Flow | None = None
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
 
@@ -193,7 +197,7 @@ def deeper(two: Work, three: Work, num_layers: int) -> Work:
         products=lists("products"),
         reductions=lists("reductions"),
         relabels=lists("relabels"),
-        lives=two.lives,
+        flow=two.flow,
         inputs=lists("inputs"),
         outputs=lists("outputs"),
     )
