@@ -59,31 +59,28 @@ class Steady:
         while self.scheduler.num_waiting > queued or not self.scheduler.num_running:
             self.step()
 
-    def step(self) -> float:
-        """Plan one step and accept the one before; returns the seconds of planning."""
+    def step(self) -> tuple[float, float]:
+        """Plan one step and accept the one before; returns the seconds of the first and of both."""
         begin = time.perf_counter()
         plan = self.scheduler.plan(0.0)
-        seconds = time.perf_counter() - begin
+        planned = time.perf_counter()
         self.unread.append(plan)
         read(self.scheduler, self.unread.popleft())
-        return seconds
+        return planned - begin, time.perf_counter() - begin
 
 
 def step_times(running: int, queues: tuple[int, ...]) -> list[dict[str, object]]:
     cases = {queued: Steady(running, queued) for queued in queues}
-    plans: dict[int, list[float]] = {queued: [] for queued in queues}
-    whole: dict[int, list[float]] = {queued: [] for queued in queues}
+    times: dict[int, list[tuple[float, float]]] = {queued: [] for queued in queues}
     for _ in range(ROUNDS):
         for queued, case in cases.items():
-            begin = time.perf_counter()
-            plans[queued] += [case.step() for _ in range(STEPS)]
-            whole[queued].append((time.perf_counter() - begin) / STEPS)
+            times[queued] += [case.step() for _ in range(STEPS)]
     return [
         {
             "running": running,
             "queued": queued,
-            "plan_us": statistics.median(plans[queued]) * 1e6,
-            "plan_and_accept_us": statistics.median(whole[queued]) * 1e6,
+            "plan_us": statistics.median(planned for planned, _ in times[queued]) * 1e6,
+            "plan_and_accept_us": statistics.median(both for _, both in times[queued]) * 1e6,
         }
         for queued in queues
     ]

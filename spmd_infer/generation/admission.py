@@ -29,8 +29,8 @@ def best_offer(sequence: Sequence, parts: Many[Part], budgets: Many[int], limits
     """The part to run a sequence in: the most positions reused, then the most spare pages, then the fewest sequences.
 
     A part can take it when it has a slot, tokens left in this step, and pages for the whole prompt; and then a page
-    more for every sequence that will grow, so that none has to be preempted soon. A sequence that was preempted keeps
-    more distance each time.
+    more for it and for every second sequence that will grow, so that hardly any has to be preempted soon. A sequence
+    that was preempted keeps more distance each time.
 
     Args:
         sequence: one that waits.

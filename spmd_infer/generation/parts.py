@@ -33,11 +33,13 @@ class Part:
         return bool(self._free_slots)
 
     def spare(self) -> int:
-        """Pages that could be allocated if every running sequence that will need another page had taken it."""
+        """Pages that could be allocated if half of the running sequences that will need another page had taken it."""
+        # All of them would leave 8 % of a short pool's rows idle; none would preempt every other sequence
+        # (benchmarks/scheduler.py, 160 pages: 36 and 4,602 of 10,000 preempted, with half of them 364).
         growing = 0
         for sequence in self.running:
             growing += sequence.reach > sequence.room
-        return self.pool.available - growing
+        return self.pool.available - (growing + 1) // 2
 
     def place(self, sequence: Sequence, pages: list[int]) -> None:
         """Give a sequence a slot and its first pages."""

@@ -216,11 +216,11 @@ def test_limits_that_contradict_each_other() -> None:
         limits(salt=bytes(65))
 
 
-def test_admission_leaves_a_page_for_everyone_to_grow() -> None:
+def test_admission_leaves_pages_to_grow() -> None:
     scheduler = scheduler_of(num_pages=8, prefix_cache=False)
     scheduler.add(sequence(0, 8, 12))  # two pages, and up to three more
     scheduler.add(sequence(1, 12, 8))  # three pages, and up to two more
-    scheduler.add(sequence(2, 4, 4))  # would leave one page for three that grow
+    scheduler.add(sequence(2, 8, 4))  # would leave one page; two are wanted, for itself and for the others
     scheduler.plan(0.0)
     assert ids(scheduler.parts[0].running) == [0, 1]
     run(scheduler, 4)
