@@ -15,7 +15,7 @@ from spmd_infer.planning.choice import CLOSE, choose, score
 from spmd_infer.planning.estimates import Candidate, gigabytes
 from spmd_infer.planning.experts import ROWS_OVER_EXPERTS, without_experts
 from spmd_infer.planning.hardware import Cluster
-from spmd_infer.planning.layout import WeightLayout
+from spmd_infer.planning.layout import WeightLayout, weight_layouts
 from spmd_infer.planning.layouts import KV_OVER_BATCH, ONE_D, TWO_D, WEIGHT_GATHERED
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.planner import Planner
@@ -75,7 +75,7 @@ def make_plan(
     planner = Planner(model, cluster, phases, workload, with_units, shallow)
     if mesh is not None:
         for each in planner.layouts:  # a collision on the caller's own mesh is the caller's to hear about
-            planner.weights(mesh, (each,) * max(1, len(phases)), 0)
+            weight_layouts(*planner.staged(mesh, each) if staged else (model, each), mesh.shape)
     forwards = rules is None and [phase.call for phase in phases] == [None]
     layers = layer_count(model) if forwards and not planner.num_experts else 0
     candidates = [
