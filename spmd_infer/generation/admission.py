@@ -93,6 +93,7 @@ def admit(sequence: Sequence, offer: Offer, limits: Limits) -> None:
         assert fresh is not None, "an offer counts the pages that it needs"
         pages.append(fresh)
     sequence.state = State.PREFILL
+    sequence.started = True
     sequence.parent = None
     part.place(sequence, pages)
 

@@ -263,4 +263,5 @@ class Scheduler:
         """Queue a fork, whose parent decodes or has ended."""
         assert child.parent is not None
         child.common = min(child.common, child.parent.computed)
+        child.started = child.parent.started
         self._waiting.push(child)

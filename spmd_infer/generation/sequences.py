@@ -49,6 +49,7 @@ class Sequence:
         pages: ids of its pages in that part, in the order of its positions.
         reused: positions that it took from other sequences' pages when it was last admitted.
         preemptions: how often it lost its pages.
+        started: whether it, or the sequence that it is a fork of, has had a slot: no deadline holds then.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class Sequence:
         "reused",
         "room",
         "slot",
+        "started",
         "state",
         "target",
         "tokens",
@@ -106,6 +108,7 @@ class Sequence:
         self.pages: list[int] = []
         self.reused = 0
         self.preemptions = 0
+        self.started = False
         # The scheduler's own notes. Order among sequences: see Scheduler.
         self.arrival = 0
         self.rank = (0, 0, 0)

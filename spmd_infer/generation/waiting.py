@@ -28,7 +28,7 @@ class WaitingQueue:
         sequence.state = State.WAITING
         self._size += 1
         heapq.heappush(self._by_rank, (sequence.rank, sequence))
-        if sequence.deadline is not None:
+        if sequence.deadline is not None and not sequence.started:
             heapq.heappush(self._by_deadline, (sequence.deadline, next(self._serial), sequence))
 
     def left(self) -> None:
@@ -38,9 +38,7 @@ class WaitingQueue:
             self._by_rank = [entry for entry in self._by_rank if entry[1].state is State.WAITING]
             heapq.heapify(self._by_rank)
         if len(self._by_deadline) > 2 * self._size + _MOST_STALE:
-            # A sequence that queued again has two entries; one is enough.
-            waiting = {entry[2].rank: entry for entry in self._by_deadline if entry[2].state is State.WAITING}
-            self._by_deadline = list(waiting.values())
+            self._by_deadline = [entry for entry in self._by_deadline if _may_expire(entry[2])]
             heapq.heapify(self._by_deadline)
 
     def first(self) -> Sequence | None:
@@ -53,12 +51,16 @@ class WaitingQueue:
         return None
 
     def overdue(self, now: float) -> Sequence | None:
-        """A sequence whose deadline has come, the earliest first; it stays."""
+        """A sequence that has not started and whose deadline has come, the earliest first; it stays."""
         while self._by_deadline:
             deadline, _, sequence = self._by_deadline[0]
-            if sequence.state is State.WAITING:
+            if _may_expire(sequence):
                 return sequence if deadline <= now else None
             if deadline > now:
                 return None
             heapq.heappop(self._by_deadline)
         return None
+
+
+def _may_expire(sequence: Sequence) -> bool:
+    return sequence.state is State.WAITING and not sequence.started

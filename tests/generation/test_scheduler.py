@@ -283,6 +283,21 @@ def test_a_deadline_in_the_queue_is_kept() -> None:
     assert ids(scheduler.parts[0].running) == ["runs"]
 
 
+def test_no_deadline_holds_for_what_has_started() -> None:
+    scheduler = scheduler_of(num_pages=8, slots=2, prefix_cache=False, context_len=40)
+    scheduler.add(sequence(0, 8, 20, deadline=5.0))
+    scheduler.add(sequence(1, 8, 20, deadline=5.0))
+    while not (plan := scheduler.plan(0.0)).preempted:
+        accept_all(scheduler, plan)
+    scheduler.fork(0, "fork")
+    scheduler.add(sequence("queued", deadline=5.0))
+    scheduler.fork("queued", "its fork")
+    assert scheduler[1].state is State.WAITING
+    assert ids(scheduler.plan(9.0).expired) == ["queued", "its fork"]
+    assert 1 in scheduler
+    assert "fork" in scheduler
+
+
 @pytest.mark.parametrize("when", ["waiting", "prefill", "decode", "preempted", "held"])
 def test_cancelled_in_any_state_it_leaves_nothing_behind(when: str) -> None:
     scheduler = scheduler_of(num_pages=9, slots=2, context_len=36, prefix_cache=False, token_budget=12, max_chunk=8)

@@ -148,6 +148,7 @@ class SchedulerOnDevice(RuleBasedStateMachine):
         for sequence in plan.expired:
             assert sequence.deadline is not None
             assert sequence.deadline <= self.now
+            assert not sequence.started
         for part in self.scheduler.parts:
             chunks = [chunk for chunk in plan.prefills if chunk.sequence.part == part.index]
             decodes = [sequence for sequence in plan.decodes if sequence.part == part.index]
