@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ, constrain
+from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ, constrain, current_scope
 from spmd_infer.tensors import Axes
 
 PAGE_KEY_AXES: Axes = (ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM, None)
@@ -76,7 +76,7 @@ class PagedCache:
         keys, values = keys.reshape(*by_part, groups, head_dim), values.reshape(*by_part, groups, head_dim)
         pool_keys = jax.vmap(_write_keys)(self.keys, keys, positions, self.view)
         pool_values = jax.vmap(_write_values)(self.values, values, positions, self.view)
-        pool_keys, pool_values = constrain(pool_keys, *PAGE_KEY_AXES), constrain(pool_values, *PAGE_VALUE_AXES)
+        pool_keys, pool_values = _laid(pool_keys, PAGE_KEY_AXES), _laid(pool_values, PAGE_VALUE_AXES)
         scaled = (queries * head_dim**-0.5).astype(self.keys.dtype)
         scaled = scaled.reshape(*by_part, groups, heads // groups, head_dim)
         mixed = jax.vmap(_attend)(scaled, pool_keys, pool_values, positions, self.view)
@@ -84,24 +84,34 @@ class PagedCache:
         return constrain(mixed, ATTN_BATCH, None, ATTN_HEADS, HEAD_DIM), PagedCache(pool_keys, pool_values, self.view)
 
 
+def _laid(pool: jax.Array, axes: Axes) -> jax.Array:
+    """``pool`` as it came in, whole where its mesh axis does not divide it: so that it is reused in place."""
+    scope = current_scope()
+    if scope is not None:
+        rules, shape = scope[0].of_activations, dict(scope[1].shape)
+        axes = tuple(
+            axis if rules.split(axis, size, shape) else None for axis, size in zip(axes, pool.shape, strict=True)
+        )
+    return constrain(pool, *axes)
+
+
 def _write_keys(pool: jax.Array, new: jax.Array, positions: jax.Array, view: PageView) -> jax.Array:
     """``pool [P, K, H, S]`` with ``new [b, T, K, H]`` at the rows' ``positions [b, T]``."""
     pages, slots = _addresses(positions, view, pool.shape[0], pool.shape[3])
-    _, _, groups, head_dim = new.shape
-    # An index for every number: with one for a row alone, XLA on CPU makes a slice update of it that copies the pool.
-    return pool.at[
-        pages[..., None, None],
-        jnp.arange(groups)[:, None],
-        jnp.arange(head_dim),
-        slots[..., None, None],
-    ].set(new.astype(pool.dtype), mode="drop")
+    heads = jnp.arange(pool.shape[1])
+    # An index for each head, and one that XLA can see to count them: so the write stays on the devices of the heads. An
+    # index for a row alone would become a slice update where there is one row, which copies the pool on a CPU.
+    return pool.at[pages[..., None], heads, :, slots[..., None]].set(
+        new.astype(pool.dtype), mode="drop", wrap_negative_indices=False
+    )
 
 
 def _write_values(pool: jax.Array, new: jax.Array, positions: jax.Array, view: PageView) -> jax.Array:
     """``pool [P, K, S, H]`` with ``new [b, T, K, H]`` at the rows' ``positions [b, T]``."""
     pages, slots = _addresses(positions, view, pool.shape[0], pool.shape[2])
-    return pool.at[pages[..., None], jnp.arange(new.shape[2]), slots[..., None]].set(
-        new.astype(pool.dtype), mode="drop"
+    heads = jnp.arange(pool.shape[1])
+    return pool.at[pages[..., None], heads, slots[..., None]].set(
+        new.astype(pool.dtype), mode="drop", wrap_negative_indices=False
     )
 
 

@@ -1,125 +1,234 @@
-"""The decode loop: prompts in, tokens out, the device one step ahead of the host.
+"""The generation loop: requests in, tokens out, whatever number of them, the devices one step ahead of the host.
 
-Sampled tokens stay on the device and feed the next step. The host reads each step's tokens while the next step runs,
-and sees so one step late that a row has ended; that one token is dropped.
+Each turn plans a step, dispatches it, and then reads what the step *before* chose while the new one runs. The host so
+sees one step late that a request has ended; the token too many is dropped.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import jax
-import numpy as np
-import numpy.typing as npt
-
-from spmd_infer.axes import BATCH, SEQ
-from spmd_infer.generation.cache import bytes_per_token, cache_axes, cache_dtype
-from spmd_infer.generation.groups import Group, Request, check_requests, make_groups
-from spmd_infer.generation.sampling import SAMPLING_AXES, SamplingArrays, sampling_arrays
-from spmd_infer.generation.steps import decode, prefill
+from spmd_infer.errors import TaskError
+from spmd_infer.generation.executor import Dispatched, Executor
+from spmd_infer.generation.kv_pages import PAGE_SIZE
+from spmd_infer.generation.limits import Limits
+from spmd_infer.generation.requests import Request
+from spmd_infer.generation.scheduler import Scheduler
+from spmd_infer.generation.sequences import Sequence as Scheduled
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
 
-Accept = Callable[[Request, int, Group], bool]
-"""Takes a request, its next token and its group; returns whether the request has ended."""
-
-MOST_ROWS = 32
-# More rows wait for the next group rather than let a cache outgrow this.
-_CACHE_BYTES_A_SHARD = 4 << 30
+_FEWEST_PAGES = 8
+_HOST_CACHE_BYTES = 4 << 30
+_DEVICE_MEMORY_SHARE = 0.85
 
 
-class DecodeLoop:
-    """Runs requests on one engine.
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How an engine generates.
+
+    Attributes:
+        max_rows: requests that run at a time; rounded up to a multiple of the parts that rows are split into.
+        cache_bytes: keys and values kept at most, on all devices together; None for 4 GiB on a CPU, and on
+            accelerators for what the weights leave of 85 % of the memory.
+        token_budget: positions that one step computes, at most: the longer, the sooner prompts are through, and the
+            longer the others wait for their next token.
+        max_chunk: tokens of a prompt run at once.
+        chunked: cut prompts longer than that into chunks; without it each is run whole.
+        prefix_cache: take over keys and values of earlier prompts that begin alike.
+        salt: secret that these are named with; only requests of one engine share them anyway.
+    """
+
+    max_rows: int = 64
+    cache_bytes: int | None = None
+    token_budget: int = 1024
+    max_chunk: int = 512
+    chunked: bool = True
+    prefix_cache: bool = True
+    salt: bytes = field(default=b"", repr=False)
+
+
+class GenerationLoop:
+    """Runs requests on one engine. May be driven from several threads: each turn is taken by one.
 
     Args:
         engine: holds a decoder.
-        config: the decoder's sizes: ``vocab_size`` and ``context_len`` besides those of its cache.
+        config: the decoder's sizes.
         eos_ids: the model's end tokens.
+        options: how to generate.
     """
 
-    def __init__(self, engine: Engine, config: Any, eos_ids: Collection[int]) -> None:
-        self._engine = engine
-        self._config = config
-        self._eos_ids = frozenset(eos_ids)
-        self._dtype = cache_dtype(engine.mesh.devices.flat[0].platform, engine.dtype)
-        self._prefills: dict[int, Callable[..., Any]] = {}
-        self._out_axes = ((BATCH,), cache_axes(config))
-        self._decode = engine.jit("decode", decode, donate=(0,), out_axes=self._out_axes, phase="decode")
+    def __init__(
+        self, engine: Engine, config: Any, eos_ids: Collection[int], options: GenerationOptions | None = None
+    ) -> None:
+        options = options or GenerationOptions()
+        self._engine, self._config = engine, config
+        parts = engine.data_parts
+        slots = -(-options.max_rows // parts)
+        self._executor = Executor(engine, config, eos_ids, slots=slots, num_pages=_FEWEST_PAGES)
+        self._most_pages = max(1, self._cache_bytes(options) // self._executor.page_bytes // parts)
+        self._scheduler = Scheduler(
+            Limits(
+                parts=parts,
+                slots=slots,
+                num_pages=self._executor.num_pages,
+                page_size=PAGE_SIZE,
+                context_len=config.context_len,
+                token_budget=max(options.token_budget, slots + PAGE_SIZE),
+                max_chunk=-(-options.max_chunk // PAGE_SIZE) * PAGE_SIZE,
+                chunked=options.chunked,
+                prefix_cache=options.prefix_cache,
+                salt=options.salt,
+            )
+        )
+        self._requests: dict[str, Request] = {}
+        self._wanted_pages = 0
+        self._unread: list[Dispatched] = []
+        self._lock = threading.RLock()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What runs and waits, and the pages."""
+        return self._scheduler
 
     def clock(self) -> float:
         """Seconds on a clock that stands still while the engine compiles."""
         return time.perf_counter() - self._engine.compile_seconds
 
-    def run(self, requests: Sequence[Request], accept: Accept) -> list[Group]:
-        """Continue all requests until each has ended.
+    def submit(
+        self,
+        requests: Sequence[Request],
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        namespace: str = "",
+    ) -> None:
+        """Queue the continuations of one prompt; the first one computes it, and the others share its pages.
 
         Args:
-            requests: any number, of any lengths.
-            accept: called with every token, in each request's order.
-
-        Returns:
-            The groups that they ran in.
+            requests: one, or several with the same prompt.
+            priority: the lower runs first.
+            deadline: the latest time to start, on ``clock``.
+            namespace: cached prompts are shared within it only.
 
         Raises:
-            TaskError: a request cannot run; none has been started then.
+            TaskError: the prompt with the tokens asked for can never run.
         """
-        check_requests(requests, self._config.vocab_size, self._config.context_len)
-        parts = self._engine.data_parts
-        groups = make_groups(
-            requests,
-            parts=parts,
-            context_len=self._config.context_len,
-            most_rows=MOST_ROWS,
-            most_positions=parts * _CACHE_BYTES_A_SHARD // bytes_per_token(self._config, self._dtype),
-        )
-        for group in groups:
-            self._run_group(group, accept)
-        return groups
-
-    def _run_group(self, group: Group, accept: Accept) -> None:
-        place = partial(self._engine.place, phase="prefill")
-        fields = sampling_arrays(group.params(), self._eos_ids)
-        sampling = SamplingArrays(**{name: place(value, SAMPLING_AXES[name]) for name, value in fields.items()})
-        lengths = place(group.lengths(), (BATCH,))
-        running = {row: request for row, request in enumerate(group.rows) if request is not None}
-
-        def read(tokens: jax.Array) -> None:
-            values: npt.NDArray[np.int32] = np.asarray(tokens)
-            for row, request in list(running.items()):
-                if accept(request, int(values[row]), group):
-                    del running[row]
-
-        tokens, cache = self._prefill(group.capacity)(place(group.input_ids(), (BATCH, SEQ)), lengths, sampling)
-        # The first tokens are read at once: they are awaited most, and the decode program may still be to compile.
-        read(tokens)
-        (tokens, cache), lengths, sampling = self._engine.hand_over(
-            ((tokens, cache), lengths, sampling),
-            (self._out_axes, (BATCH,), SamplingArrays(**SAMPLING_AXES)),  # type: ignore[arg-type]  # a tree of axes
-            before="prefill",
-            after="decode",
-        )
-        most = max(request.params.max_tokens for request in running.values()) if running else 0
-        unread: jax.Array | None = None
-        for _ in range(1, most):
-            tokens, cache = self._decode(cache, tokens, lengths, sampling)
-            if unread is not None:
-                read(unread)
-            unread = tokens
-            if not running:
-                return
-        if unread is not None:
-            read(unread)
-
-    def _prefill(self, capacity: int) -> Callable[..., Any]:
-        if capacity not in self._prefills:
-            self._prefills[capacity] = self._engine.jit(
-                f"prefill_{capacity}",
-                partial(prefill, capacity=capacity, dtype=self._dtype),
-                out_axes=self._out_axes,
-                phase="prefill",
+        with self._lock:
+            first = requests[0]
+            sequence = Scheduled(
+                first.request_id,
+                first.prompt_ids,
+                first.params.max_tokens,
+                priority=priority,
+                deadline=deadline,
+                namespace=namespace,
             )
-        return self._prefills[capacity]
+            self._make_room(sequence, len(requests))
+            self._scheduler.add(sequence)
+            for request in requests:
+                if request is not first:
+                    self._scheduler.fork(first.request_id, request.request_id)
+                request.submitted = self.clock()
+                self._requests[request.request_id] = request
+                self._wanted_pages += self._pages_of(sequence)
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is; its pages are free for the next step."""
+        with self._lock:
+            if request.finish_reason is None:
+                request.end("cancelled")
+                self._forget(request)
+
+    def run(self, requests: Iterable[Request]) -> None:
+        """Take turns until these requests have ended."""
+        for request in requests:
+            while request.finish_reason is None:
+                self.turn()
+
+    def turn(self) -> bool:
+        """Plan and dispatch a step, and read the one before; returns whether there is more to do."""
+        with self._lock:
+            plan = self._scheduler.plan(self.clock())
+            for sequence in (*plan.expired, *plan.rejected):
+                self._requests[str(sequence.id)].end("deadline")
+                self._forget(self._requests[str(sequence.id)])
+            self._executor.copy(plan.copies)
+            dispatched = []
+            if plan.prefills:
+                starting = [self._requests[str(chunk.sequence.id)] for chunk in plan.prefills]
+                for chunk, request in zip(plan.prefills, starting, strict=True):
+                    if request.started is None:
+                        request.started, request.part = self.clock(), chunk.sequence.part
+                        request.cached_tokens = chunk.sequence.reused
+                dispatched += self._executor.prefill(plan.prefills, starting)
+            finish: Callable[[], Dispatched] | None = None
+            if plan.decodes:
+                entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
+                finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
+            unread, self._unread = self._unread, dispatched
+            for step in unread:
+                self._read(step)
+            if finish is not None:
+                self._unread.append(finish())
+            return bool(self._requests)
+
+    def _read(self, step: Dispatched) -> None:
+        for request, token, scores in step.read():
+            if request.finish_reason is not None:
+                continue
+            self._scheduler.accept(request.request_id, [token])
+            if request.push(token, scores, self.clock()):
+                self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        sequence = self._scheduler.finish(request.request_id)
+        del self._requests[request.request_id]
+        if sequence is not None:
+            self._wanted_pages -= self._pages_of(sequence)
+        if not self._requests:
+            self._wanted_pages = 0
+
+    def _pages_of(self, sequence: Scheduled) -> int:
+        """Pages that a sequence may come to hold."""
+        return -(-self._scheduler.limits.reach(sequence.prompt_len + sequence.max_tokens) // PAGE_SIZE)
+
+    def _make_room(self, sequence: Scheduled, copies: int) -> None:
+        """Let the pool grow with what is asked for, and shrink when little is: attention reads all of it.
+
+        Raises:
+            TaskError: the largest pool is too small for this sequence alone.
+        """
+        own = self._pages_of(sequence)
+        if own > self._most_pages:
+            raise TaskError(
+                f"prompt of {sequence.prompt_len} tokens + max_tokens {sequence.max_tokens} may take {own} pages of "
+                f"{PAGE_SIZE} positions; the cache has room for {self._most_pages} "
+                f"({self._most_pages * self._executor.page_bytes / 1e9:.2f} GB); raise cache_bytes or shorten it"
+            )
+        parts, waiting = self._scheduler.limits.parts, len(self._requests) + copies
+        running = min(waiting, parts * self._scheduler.limits.slots)
+        # The mean of all, for as many as run at a time, and one page to spare for each part.
+        wanted = (self._wanted_pages + own * copies) * running // waiting // parts + 1
+        pages = _FEWEST_PAGES
+        while pages < max(own, wanted):
+            pages *= 2
+        pages = min(pages, self._most_pages)
+        current = self._executor.num_pages
+        if pages > current or (4 * pages <= current and not self._scheduler.num_running):
+            self._executor.resize(pages, self._scheduler.resize(pages))
+
+    def _cache_bytes(self, options: GenerationOptions) -> int:
+        if options.cache_bytes is not None:
+            return options.cache_bytes
+        free = []
+        for device in self._engine.mesh.local_devices:
+            stats = device.memory_stats() if device.platform != "cpu" else None
+            if stats and "bytes_limit" in stats:
+                free.append(int(stats["bytes_limit"] * _DEVICE_MEMORY_SHARE) - int(stats.get("bytes_in_use", 0)))
+        return max(0, min(free)) * len(free) if free else _HOST_CACHE_BYTES

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.axes import BATCH, SEQ
+from spmd_infer.axes import BATCH, SEQ, VOCAB, constrain
 from spmd_infer.batching import Buckets
 from spmd_infer.errors import TaskError
-from spmd_infer.generation.steps import token_logprobs
+from spmd_infer.generation.steps import Decoder
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
 
 _MOST_ROWS = 8
 _SMALLEST_LEN = 32
+_SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary exist at the same time
 
 
 class Scorer:
@@ -74,3 +77,36 @@ class Scorer:
             raise TaskError(
                 f"sequence {index} has token id {outside}; the vocabulary has ids 0 to {self._config.vocab_size - 1}"
             )
+
+
+def token_logprobs(model: Decoder, input_ids: jax.Array) -> jax.Array:
+    """Log-probability of each token given those before it.
+
+    Logits over the vocabulary exist for a few positions at a time and never leave the devices.
+
+    Args:
+        model: the decoder.
+        input_ids: ``[B, T]`` int32; rows may be padded on the right.
+
+    Returns:
+        ``[B, T - 1]`` float32: entry ``t`` is that of token ``t + 1``.
+    """
+    batch, length = input_ids.shape
+    positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
+    states, _ = model.hidden(input_ids, positions)
+    blocks = -(-(length - 1) // _SCORED_AT_ONCE)
+    padding = blocks * _SCORED_AT_ONCE - (length - 1)
+    states = jnp.pad(states[:, :-1], ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(input_ids[:, 1:], ((0, 0), (0, padding)))
+
+    def block(_: None, index: jax.Array) -> tuple[None, jax.Array]:
+        start = index * _SCORED_AT_ONCE
+        x = jax.lax.dynamic_slice_in_dim(states, start, _SCORED_AT_ONCE, axis=1)
+        target = jax.lax.dynamic_slice_in_dim(targets, start, _SCORED_AT_ONCE, axis=1)
+        logits = constrain(model.logits(x), BATCH, SEQ, VOCAB)
+        # A sum over a mask, not a gather: a vocabulary that is split needs only its sum across devices.
+        chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0).sum(-1)
+        return None, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    _, scores = jax.lax.scan(block, None, jnp.arange(blocks))  # [blocks, B, 64]
+    return scores.transpose(1, 0, 2).reshape(batch, -1)[:, : length - 1]

@@ -1,22 +1,26 @@
-"""The two programs of generation, as pure functions of the model: run the prompts, run one token more."""
+"""The programs of generation, as pure functions of the model: run a chunk of prompts, run one token more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from spmd_infer.axes import BATCH, SEQ, VOCAB, constrain
-from spmd_infer.generation.cache import CacheSizes, KVCache
-from spmd_infer.generation.sampling import SamplingArrays, sample
+from spmd_infer.axes import ATTN_BATCH, BATCH, VOCAB, constrain
+from spmd_infer.generation.cache import CacheSizes
+from spmd_infer.generation.kv_pages import KVPages
+from spmd_infer.generation.sampling import SamplingArrays, sample, sample_by_rules
+from spmd_infer.generation.sampling_params import MAX_LOGPROBS
+from spmd_infer.generation.slots import SlotRules, Slots, flat, put, take
 from spmd_infer.models.attention import LayerCache
+from spmd_infer.models.chunk_attention import ChunkCache
+from spmd_infer.models.paged_attention import PagedCache, PageView
 
 Cache = TypeVar("Cache", bound=LayerCache)
-
-_SCORED_AT_ONCE = 64  # positions whose logits over the whole vocabulary exist at the same time
+Layers = tuple[jax.Array, ...]
 
 
 class Decoder(Protocol):
@@ -26,101 +30,191 @@ class Decoder(Protocol):
     def config(self) -> CacheSizes:
         """Sizes of the model."""
 
-    def prefill(
-        self, input_ids: jax.Array, lengths: jax.Array, caches: Sequence[Cache]
+    def hidden(
+        self, input_ids: jax.Array, positions: jax.Array, caches: Sequence[Cache] = ()
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Logits at each row's last token, and the filled caches."""
-
-    def decode(
-        self, tokens: jax.Array, positions: jax.Array, caches: Sequence[Cache]
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """Logits after one token more, and the caches with it."""
-
-    def hidden(self, input_ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-        """States before the head."""
+        """States before the head, and the caches with the new positions."""
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Scores of every token."""
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of a step, one for each row of each part.
+
+    Attributes:
+        tokens: ``[D, b]`` int32; -1 where no token was allowed.
+        logprobs: ``[D, b]`` float32; None where no row of the step has rules, as the two below.
+        top_ids: ``[D, b, N]`` int32.
+        top_logprobs: ``[D, b, N]`` float32.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array | None = None
+    top_ids: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Chunk:
+    """Parts of prompts that are run together, ``b`` in each of ``D`` parts of the rows.
+
+    Attributes:
+        input_ids: ``[D, b, T]`` int32, padded on the right.
+        slots: ``[D, b]`` int32; the last slot for a row that only fills up.
+        starts: ``[D, b]`` int32, where each begins in its prompt.
+        counts: ``[D, b]`` int32, tokens of each, at least 1.
+        generated: ``[D, b]`` int32, tokens that the request has chosen before: of one that is run again, some are
+            part of the prompt now.
+        sampling: parameters of each, ``[D, b, ...]``.
+        rules: rules of each and the tokens seen before, ``[D, b, ...]``; None where no row has any.
+        mask: ``[D, b, V / 32]`` uint32, tokens that may be chosen; None where ``rules`` is.
+    """
+
+    input_ids: jax.Array
+    slots: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+    generated: jax.Array
+    sampling: SamplingArrays
+    rules: SlotRules | None
+    mask: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a decode step, ``b`` in each of ``D`` parts.
+
+    Attributes:
+        slots: ``[D, b]`` int32; the last slot for a row that only fills up.
+        view: which pages they use; its ``limits`` are 1 for rows that run and 0 for those that only fill up.
+        flags: what sampling may skip, the scalars of ``SamplingArrays`` by name.
+        rule_flags: those of ``TokenRules``; None where no row has rules.
+        mask: as for ``Chunk``.
+    """
+
+    slots: jax.Array
+    view: PageView
+    flags: dict[str, jax.Array]
+    rule_flags: dict[str, jax.Array] | None
+    mask: jax.Array | None
+
+
 def prefill(
-    model: Decoder,
-    input_ids: jax.Array,
-    lengths: jax.Array,
-    sampling: SamplingArrays,
-    *,
-    capacity: int,
-    dtype: DTypeLike,
-) -> tuple[jax.Array, KVCache]:
-    """Run prompts and choose the first token of each.
+    model: Decoder, state: Slots, rules: SlotRules | None, earlier: tuple[Layers, Layers] | None, chunk: Chunk
+) -> tuple[Chosen, Layers, Layers, Slots, SlotRules | None]:
+    """Run a chunk of prompts, and choose the token that follows each.
 
     Args:
         model: the decoder.
-        input_ids: ``[B, T]`` int32, rows padded on the right.
-        lengths: ``[B]`` int32, tokens in each row.
-        sampling: the rows' parameters.
-        capacity: positions of the new cache, at least T.
-        dtype: of the new cache.
+        state: the slots; donate it.
+        rules: the slots' rules; donate it. None where no row has any.
+        earlier: pages of keys and values before the chunk as ``KVPages.gathered`` gives them; None where every row
+            starts at 0.
+        chunk: the rows.
 
     Returns:
-        ``[B]`` int32 tokens, and the cache.
+        What was chosen (of no meaning where the prompt goes on after the chunk), keys and values ``[D b, T, K, H]`` of
+        each layer, the slots and their rules.
     """
-    empty = KVCache.zeros(model.config, input_ids.shape[0], capacity, dtype)
-    logits, layers = model.prefill(input_ids, lengths, empty.layers)
-    return sample(logits, sampling, jnp.zeros_like(lengths)), KVCache(layers, lengths)
+    parts, rows, length = chunk.input_ids.shape
+    starts, counts = flat((chunk.starts, chunk.counts))
+    positions = starts[:, None] + jnp.arange(length)
+    caches = [ChunkCache(*pair, starts) for pair in _earlier(model.config, earlier, parts * rows)]
+    x, done = model.hidden(flat(chunk.input_ids), positions, caches)
+    last = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    if rules is not None and chunk.rules is not None:
+        rules = put(rules, chunk.slots, chunk.rules)
+    chosen, rules = _choose(
+        model.logits(last), chunk.slots, chunk.sampling, chunk.generated, rules, chunk.rules, chunk.mask
+    )
+    state = state.advanced(chunk.slots, chosen.tokens, chunk.starts + chunk.counts, chunk.generated + 1)
+    state = replace(state, sampling=put(state.sampling, chunk.slots, chunk.sampling))
+    keys = tuple(cache.keys for cache in done if cache.keys is not None)
+    values = tuple(cache.values for cache in done if cache.values is not None)
+    return chosen, keys, values, state, rules
 
 
 def decode(
-    model: Decoder, cache: KVCache, tokens: jax.Array, prompt_lengths: jax.Array, sampling: SamplingArrays
-) -> tuple[jax.Array, KVCache]:
+    model: Decoder, pages: KVPages, state: Slots, rules: SlotRules | None, rows: Rows
+) -> tuple[Chosen, KVPages, Slots, SlotRules | None]:
     """Run each row's last token and choose its next.
 
-    Rows that are finished run along; once such a row's cache is full it rewrites its own last position.
-
     Args:
         model: the decoder.
-        cache: what the rows hold so far; donate it.
-        tokens: ``[B]`` int32, chosen by the step before.
-        prompt_lengths: ``[B]`` int32.
-        sampling: the rows' parameters.
+        pages: the cache; donate it.
+        state: the slots; donate it.
+        rules: the slots' rules; donate it. None where no row has any.
+        rows: which rows, and their pages.
 
     Returns:
-        ``[B]`` int32 tokens, and the cache with one position more in each row.
+        What was chosen, the cache with one position more of each row, the slots and their rules.
     """
-    positions = jnp.minimum(cache.lengths, cache.capacity - 1)
-    logits, layers = model.decode(tokens, positions, cache.layers)
-    generated = cache.lengths - prompt_lengths + 1
-    return sample(logits, sampling, generated), KVCache(layers, cache.lengths + 1)
+    logits, pages = forward(model, pages, state, rows)
+    chosen, state, rules = choose(model, logits, state, rules, rows)
+    return chosen, pages, state, rules
 
 
-def token_logprobs(model: Decoder, input_ids: jax.Array) -> jax.Array:
-    """Log-probability of each token given those before it.
+def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[jax.Array, KVPages]:
+    """The first half of ``decode``: logits ``[D b, V]`` of each row's next token, and the cache; donate it.
 
-    Logits over the vocabulary exist for a few positions at a time and never leave the devices.
-
-    Args:
-        model: the decoder.
-        input_ids: ``[B, T]`` int32; rows may be padded on the right.
-
-    Returns:
-        ``[B, T - 1]`` float32: entry ``t`` is that of token ``t + 1``.
+    On its own where the choice needs a mask that the host makes meanwhile.
     """
-    batch, length = input_ids.shape
-    positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-    states, _ = model.hidden(input_ids, positions)
-    blocks = -(-(length - 1) // _SCORED_AT_ONCE)
-    padding = blocks * _SCORED_AT_ONCE - (length - 1)
-    states = jnp.pad(states[:, :-1], ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(input_ids[:, 1:], ((0, 0), (0, padding)))
+    lengths = take(state.lengths, rows.slots)
+    view = replace(rows.view, limits=rows.view.limits * (lengths + 1))
+    caches = [PagedCache(keys, values, view) for keys, values in zip(pages.keys, pages.values, strict=True)]
+    tokens = jnp.maximum(flat(take(state.tokens, rows.slots)), 0)  # -1 in a row that ended for want of a token
+    x, done = model.hidden(tokens[:, None], flat(lengths)[:, None], caches)
+    logits = constrain(model.logits(x[:, 0]), BATCH, VOCAB)
+    return logits, KVPages(tuple(cache.keys for cache in done), tuple(cache.values for cache in done))
 
-    def block(_: None, index: jax.Array) -> tuple[None, jax.Array]:
-        start = index * _SCORED_AT_ONCE
-        x = jax.lax.dynamic_slice_in_dim(states, start, _SCORED_AT_ONCE, axis=1)
-        target = jax.lax.dynamic_slice_in_dim(targets, start, _SCORED_AT_ONCE, axis=1)
-        logits = constrain(model.logits(x), BATCH, SEQ, VOCAB)
-        # A sum over a mask, not a gather: a vocabulary that is split needs only its sum across devices.
-        chosen = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0.0).sum(-1)
-        return None, chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    _, scores = jax.lax.scan(block, None, jnp.arange(blocks))  # [blocks, B, 64]
-    return scores.transpose(1, 0, 2).reshape(batch, -1)[:, : length - 1]
+def choose(
+    model: Decoder, logits: jax.Array, state: Slots, rules: SlotRules | None, rows: Rows
+) -> tuple[Chosen, Slots, SlotRules | None]:
+    """The second half of ``decode``; ``state`` and ``rules`` are to be donated."""
+    del model
+    lengths, generated = take((state.lengths, state.generated), rows.slots)
+    sampling = replace(take(state.sampling, rows.slots), **rows.flags)
+    own = None
+    if rules is not None and rows.rule_flags is not None:
+        own = take(rules, rows.slots)
+        own = replace(own, rules=replace(own.rules, **rows.rule_flags))
+    chosen, rules = _choose(logits, rows.slots, sampling, generated, rules, own, rows.mask)
+    return chosen, state.advanced(rows.slots, chosen.tokens, lengths + 1, generated + 1), rules
+
+
+def _choose(
+    logits: jax.Array,
+    slots: jax.Array,
+    sampling: SamplingArrays,
+    generated: jax.Array,
+    rules: SlotRules | None,
+    own: SlotRules | None,
+    mask: jax.Array | None,
+) -> tuple[Chosen, SlotRules | None]:
+    """A token for each row ``[D, b]`` from ``logits [D b, V]``; ``own`` are the rules of the rows, ``rules`` of all."""
+    logits = constrain(logits, BATCH, VOCAB)
+    if rules is None or own is None or mask is None:
+        tokens = sample(logits, flat(sampling), flat(generated))
+        return Chosen(constrain(tokens.reshape(slots.shape), ATTN_BATCH, None)), rules
+    found = sample_by_rules(
+        logits, flat(sampling), flat(generated), flat(own.rules), flat(own.seen), flat(mask), num_top=MAX_LOGPROBS
+    )
+    chosen = Chosen(*(constrain(x.reshape(*slots.shape, *x.shape[1:]), *_axes(x.ndim + 1)) for x in found))
+    return chosen, rules.counted(slots, chosen.tokens)
+
+
+def _axes(rank: int) -> tuple[str | None, ...]:
+    return (ATTN_BATCH, *(None,) * (rank - 1))
+
+
+def _earlier(sizes: CacheSizes, earlier: tuple[Layers, Layers] | None, rows: int) -> list[tuple[jax.Array, jax.Array]]:
+    if earlier is not None:
+        return list(zip(*earlier, strict=True))
+    nothing = jnp.zeros((rows, 0, sizes.num_kv_heads, sizes.head_dim, 1))
+    return [(nothing, nothing.swapaxes(3, 4))] * sizes.num_layers

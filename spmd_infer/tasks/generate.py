@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import count, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.errors import TaskError
-from spmd_infer.generation.detokenizer import Detokenizer
-from spmd_infer.generation.groups import Group, Request
-from spmd_infer.generation.loop import DecodeLoop
-from spmd_infer.generation.sampling import SamplingParams, stop_tokens
+from spmd_infer.generation.bad_words import bad_word_ids
+from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
+from spmd_infer.generation.requests import FinishReason, Request, Scores
+from spmd_infer.generation.sampling_params import SamplingParams, check_vocabulary, stop_tokens
 from spmd_infer.generation.scoring import Scorer
-from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 OnText = Callable[[int, str], None]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 @dataclass(frozen=True)
@@ -33,58 +36,46 @@ class Completion:
     Attributes:
         text: what follows the prompt, without the stop string or end token that ended it.
         token_ids: the generated tokens, the one that ended the text included.
-        finish_reason: ``"stop"`` at an end token, stop token or stop string; ``"length"`` after ``max_tokens``.
+        finish_reason: ``"stop"`` at an end token, stop token or stop string; ``"length"`` after ``max_tokens``;
+            ``"cancelled"``; ``"deadline"`` where it passed before the prompt was run.
+        stop_reason: the stop token or stop string that ended it; None for the model's own end tokens.
         prompt_tokens: tokens of the prompt.
-        ttft_s: seconds from the call to the first token, without compiling.
-        decode_tokens_per_s: tokens after the first, per second; 0 where there is only one.
+        cached_tokens: those of them whose keys and values an earlier prompt had left.
+        scores: log-probabilities of each token, where ``logprobs`` asked for them.
+        params: the values in force.
+        queue_s: seconds from the call until the prompt was run. All times are without compiling.
+        ttft_s: seconds from the call to the first token.
+        inter_token_s: seconds between one token and the next, for each after the first.
         compile_s: seconds that the whole call spent compiling.
-        imbalance: prompt tokens on the fullest data shard of its batch, over the mean.
+        imbalance: prompt tokens of the call in the fullest part of the rows over the mean of all parts; 1 is even.
+        others: further continuations of the same prompt, where ``n`` asked for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
     prompt_tokens: int
+    cached_tokens: int
+    scores: tuple[Scores, ...]
+    params: SamplingParams
+    queue_s: float
     ttft_s: float
-    decode_tokens_per_s: float
+    inter_token_s: tuple[float, ...]
     compile_s: float
     imbalance: float
+    others: tuple[Completion, ...] = ()
 
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens after the first, per second; 0 where there is only one."""
+        seconds = sum(self.inter_token_s)
+        return len(self.inter_token_s) / seconds if seconds > 0 else 0.0
 
-class _Writer:
-    """One request's text as it grows."""
-
-    def __init__(self, params: SamplingParams, ends: frozenset[int], detokenizer: Detokenizer) -> None:
-        self._params = params
-        self._ends = ends
-        self._detokenizer = detokenizer
-        self._stop = StopText(params.stop)
-        self.text: list[str] = []
-        self.token_ids: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-        self.first = self.last = 0.0
-
-    def push(self, token: int, now: float) -> str:
-        """Take the next token; the text that became certain with it."""
-        if not self.token_ids:
-            self.first = now
-        self.last = now
-        self.token_ids.append(token)
-        count = len(self.token_ids)
-        if token in self._ends:  # not chosen before min_tokens
-            self.finish_reason = "stop"
-            return self._write(self._stop.push(self._detokenizer.flush()) + self._stop.flush())
-        text = self._stop.push(self._detokenizer.push(token), watch=count >= self._params.min_tokens)
-        if self._stop.stopped:
-            self.finish_reason = "stop"
-        elif count == self._params.max_tokens:
-            self.finish_reason = "length"
-            text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
-        return self._write(text)
-
-    def _write(self, text: str) -> str:
-        self.text.append(text)
-        return text
+    @property
+    def cumulative_logprob(self) -> float:
+        """The log-probability of all its tokens, where ``logprobs`` asked for them."""
+        return sum(score.logprob for score in self.scores)
 
 
 class Generate:
@@ -92,12 +83,13 @@ class Generate:
 
     Args:
         engine: an engine loaded from a checkpoint of a decoder.
+        options: how it generates.
 
     Raises:
         TaskError: the engine's model is not a decoder of the zoo.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, options: GenerationOptions | None = None) -> None:
         family = engine.family
         if family is None or family.task != "generate" or engine.reader is None:
             said = "a model of your own" if family is None else f"family {family.name!r}"
@@ -107,11 +99,12 @@ class Generate:
         self._engine = engine
         self._config: Any = engine.config
         self.tokenizer = Tokenizer.from_reader(engine.reader)
-        self._loop = DecodeLoop(engine, self._config, self.tokenizer.eos_ids)
+        self.loop = GenerationLoop(engine, self._config, self.tokenizer.eos_ids, options)
+        self._ids = count()
 
     def __call__(
         self,
-        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = False,
@@ -125,7 +118,8 @@ class Generate:
             params: how to continue them, for all or for each; greedy by default.
             chat: take each text as a user's message.
             on_text: called with a prompt's index and the next piece of its text, as soon as the piece is certain. The
-                pieces of one prompt come in order and add up to its text; those of several prompts mix.
+                pieces of one prompt come in order and add up to its text; those of several prompts mix. Of several
+                continuations of one prompt, the first is told.
 
         Returns:
             One completion for each prompt, in order.
@@ -134,27 +128,79 @@ class Generate:
             TaskError: a prompt is empty, does not fit the model's context, or is of no known kind; or there are not as
                 many parameters as prompts. Nothing has been generated then.
         """
-        token_ids = [self._encode(prompt) for prompt in _each_prompt(prompts, chat=chat)]
-        each = _each_params(params, len(token_ids))
-        requests = [Request(index, ids, p) for index, (ids, p) in enumerate(zip(token_ids, each, strict=True))]
-        writers = [
-            _Writer(r.params, stop_tokens(r.params, self.tokenizer.eos_ids), self.tokenizer.stream(at_start=False))
-            for r in requests
+        compiling = self._engine.compile_seconds
+        checked = self._checked(prompts, params, chat=chat)
+        groups = [
+            self._requests(ids, own, None if on_text is None else _telling(on_text, index))
+            for index, (ids, own) in enumerate(checked)
         ]
-        compiling, started = self._engine.compile_seconds, self._loop.clock()
-        groups: dict[int, Group] = {}
-
-        def accept(request: Request, token: int, group: Group) -> bool:
-            writer = writers[request.index]
-            groups[request.index] = group
-            text = writer.push(token, self._loop.clock())
-            if text and on_text is not None:
-                on_text(request.index, text)
-            return writer.finish_reason is not None
-
-        self._loop.run(requests, accept)
+        submitted: list[Request] = []
+        try:
+            for group in groups:
+                self.loop.submit(group)
+                submitted += group
+            self.loop.run(submitted)
+        except BaseException:
+            for request in submitted:
+                self.loop.cancel(request)
+            raise
         compiled = self._engine.compile_seconds - compiling
-        return [_completion(writers[r.index], r, started, compiled, groups[r.index].imbalance) for r in requests]
+        imbalance = _imbalance(submitted, self._engine.data_parts)
+        return [_completion(group, own, compiled, imbalance) for group, (_, own) in zip(groups, checked, strict=True)]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
+        """Continue one prompt, piece by piece. Closing the iterator cancels the request.
+
+        Args:
+            prompt: a text, token ids, or the messages of a conversation.
+            params: how to continue it.
+            chat: take a text as a user's message.
+
+        Yields:
+            Pieces of the text as soon as they are certain.
+
+        Raises:
+            TaskError: as when called.
+        """
+        pieces, request = self._started(prompt, params, chat=chat)
+        return self._pieces(pieces, request)
+
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False
+    ) -> AsyncIterator[str]:
+        """As ``stream``, for ``async for``: the event loop runs on while the devices work."""
+        pieces, request = self._started(prompt, params, chat=chat)
+        return self._async_pieces(pieces, request)
+
+    def _started(self, prompt: Prompt, params: SamplingParams | None, *, chat: bool) -> tuple[deque[str], Request]:
+        ((ids, each),) = self._checked([prompt], params, chat=chat)
+        if each.samples > 1 or each.num_beams > 1:
+            raise TaskError("a stream is of one continuation; n, best_of and num_beams must be 1")
+        pieces: deque[str] = deque()
+        (request,) = self._requests(ids, each, pieces.append)
+        self.loop.submit([request])
+        return pieces, request
+
+    def _pieces(self, pieces: deque[str], request: Request) -> Iterator[str]:
+        try:
+            while request.finish_reason is None:
+                self.loop.turn()
+                while pieces:
+                    yield pieces.popleft()
+            yield from pieces
+        finally:
+            self.loop.cancel(request)
+
+    async def _async_pieces(self, pieces: deque[str], request: Request) -> AsyncIterator[str]:
+        try:
+            while request.finish_reason is None:
+                await asyncio.to_thread(self.loop.turn)
+                while pieces:
+                    yield pieces.popleft()
+            while pieces:
+                yield pieces.popleft()
+        finally:
+            self.loop.cancel(request)
 
     def score(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every token after the first, for texts or token ids.
@@ -170,13 +216,71 @@ class Generate:
     def _scorer(self) -> Scorer:
         return Scorer(self._engine, self._config)
 
-    def _encode(self, prompt: str | Sequence[int] | Sequence[Message]) -> list[int]:
+    def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if len(prompt) and isinstance(prompt[0], Mapping):
             text = self.tokenizer.chat([message for message in prompt if isinstance(message, Mapping)])
             return self.tokenizer.encode(text, add_special=False)  # the template writes them itself
         return [int(value) for value in prompt if not isinstance(value, Mapping)]
+
+    def _checked(
+        self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None, *, chat: bool
+    ) -> list[tuple[list[int], SamplingParams]]:
+        """The tokens and parameters of each prompt, all of which can run."""
+        ids = [self._encode(prompt) for prompt in _each_prompt(prompts, chat=chat)]
+        each = _each_params(params, len(ids))
+        for index, (tokens, own) in enumerate(zip(ids, each, strict=True)):
+            check_prompt(index, tokens, own, self._config.vocab_size, self._config.context_len)
+        return list(zip(ids, each, strict=True))
+
+    def _requests(self, ids: list[int], params: SamplingParams, on_text: Callable[[str], None] | None) -> list[Request]:
+        """The continuations of one prompt."""
+        words = bad_word_ids(params.bad_words, self.tokenizer, self._config.vocab_size)
+        ends = stop_tokens(params, self.tokenizer.eos_ids)
+        number = next(self._ids)
+        if params.samples > params.n and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the likeliest are to be found
+        return [
+            Request(
+                f"{number}.{branch}",
+                ids,
+                own,
+                ends=ends,
+                detokenizer=self.tokenizer.stream(skip_special=own.skip_special_tokens, at_start=False),
+                vocab_size=self._config.vocab_size,
+                bad_words=words,
+                on_text=on_text if branch == 0 else None,
+            )
+            for branch, own in enumerate(params.branches())
+        ]
+
+
+def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_size: int, context_len: int) -> None:
+    """Refuse what cannot run, before anything does.
+
+    Raises:
+        TaskError: naming the prompt's index: it is empty, has a token outside the vocabulary, or does not fit the
+            context together with the tokens asked for.
+    """
+    size = len(ids)
+    if size == 0:
+        raise TaskError(f"prompt {index} is empty; a decoder needs at least one token to continue")
+    outside = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise TaskError(f"prompt {index} has token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}")
+    check_vocabulary(params, vocab_size)
+    if size >= context_len:
+        raise TaskError(f"prompt {index} has {size} tokens, but the model's context is {context_len}; shorten it")
+    if size + params.max_tokens > context_len:
+        raise TaskError(
+            f"prompt {index} has {size} tokens and max_tokens asks for {params.max_tokens} more, but the "
+            f"model's context is {context_len}; use max_tokens of at most {context_len - size}"
+        )
+
+
+def _telling(on_text: OnText, index: int) -> Callable[[str], None]:
+    return lambda text: on_text(index, text)
 
 
 def _each_prompt(prompts: Any, *, chat: bool) -> list[str | Sequence[int] | Sequence[Message]]:
@@ -219,17 +323,37 @@ def _each_params(params: SamplingParams | Sequence[SamplingParams] | None, count
     return list(params)
 
 
-def _completion(writer: _Writer, request: Request, started: float, compiled: float, imbalance: float) -> Completion:
-    assert writer.finish_reason is not None  # the loop ends with every request
-    after_first = len(writer.token_ids) - 1
-    seconds = writer.last - writer.first
+def _imbalance(requests: Sequence[Request], parts: int) -> float:
+    tokens = [0] * parts
+    for request in requests:
+        tokens[request.part] += len(request.prompt_ids)
+    return max(tokens) * parts / sum(tokens)
+
+
+def _completion(group: Sequence[Request], params: SamplingParams, compiled: float, imbalance: float) -> Completion:
+    """The best continuation of a prompt, with the others that were asked for behind it."""
+    ranked = list(group)
+    if params.samples > params.n:
+        ranked.sort(key=lambda request: -sum(score.logprob for score in request.scores))
+    first, *others = [_one(request, compiled, imbalance) for request in ranked[: params.n]]
+    return replace(first, others=tuple(others))
+
+
+def _one(request: Request, compiled: float, imbalance: float) -> Completion:
+    assert request.finish_reason is not None  # the loop ends with every request
+    times = request.token_times or [request.submitted]
     return Completion(
-        text="".join(writer.text),
-        token_ids=tuple(writer.token_ids),
-        finish_reason=writer.finish_reason,
-        prompt_tokens=len(request.ids),
-        ttft_s=writer.first - started,
-        decode_tokens_per_s=after_first / seconds if after_first and seconds > 0 else 0.0,
+        text=request.text,
+        token_ids=tuple(request.token_ids),
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        prompt_tokens=len(request.prompt_ids),
+        cached_tokens=request.cached_tokens,
+        scores=tuple(request.scores),
+        params=request.params,
+        queue_s=(request.started or times[0]) - request.submitted,
+        ttft_s=times[0] - request.submitted,
+        inter_token_s=tuple(after - before for before, after in pairwise(times)),
         compile_s=compiled,
         imbalance=imbalance,
     )

@@ -3,26 +3,27 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from spmd_infer.axes import BATCH, SEQ
 from spmd_infer.engine import Engine
 from spmd_infer.errors import TaskError
-from spmd_infer.generation import loop as loop_module
 from spmd_infer.generation.cache import KVCache, cache_axes
-from spmd_infer.generation.groups import Request, check_requests, make_groups
-from spmd_infer.generation.loop import DecodeLoop
-from spmd_infer.generation.sampling import SamplingParams
+from spmd_infer.generation.detokenizer import ByteTable, Detokenizer
+from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
+from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
+from spmd_infer.generation.requests import Request
+from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
 from spmd_infer.generation.scoring import Scorer
 from spmd_infer.generation.thresholds import CANDIDATES
 from spmd_infer.planning.audit import collectives, summary
+from spmd_infer.tasks.generate import check_prompt
 from tests.references.llama_variants import BASE, token_ids, write_checkpoint
 
 EOS = 127
@@ -37,34 +38,50 @@ def _engine(variant: str, mesh: str) -> Engine:
 
 
 @cache
-def _decode_loop(mesh: str) -> DecodeLoop:
-    return DecodeLoop(_engine("gqa", mesh), _engine("gqa", mesh).config, {EOS})
+def _loop(mesh: str) -> GenerationLoop:
+    return GenerationLoop(_engine("gqa", mesh), _engine("gqa", mesh).config, {EOS})
 
 
 def engine(variant: str = "gqa", mesh: str = "data=1,model=1") -> Engine:
     return _engine(variant, mesh)
 
 
-def decode_loop(mesh: str = "data=1,model=1") -> DecodeLoop:
-    return _decode_loop(mesh)
+def loop(mesh: str = "data=1,model=1", **options: Any) -> GenerationLoop:
+    if not options:
+        return _loop(mesh)
+    return GenerationLoop(_engine("gqa", mesh), _engine("gqa", mesh).config, {EOS}, GenerationOptions(**options))
 
 
 def prompts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
     return [token_ids(len(lengths), 40)[row, :length].tolist() for row, length in enumerate(lengths)]
 
 
-def run(loop: DecodeLoop, ids: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
-    """Tokens of each prompt, ended by max_tokens or the end token."""
+_numbers = count()
+_table = ByteTable([b"."] * 128, frozenset())
+
+
+def request(prompt: list[int], params: SamplingParams) -> Request:
+    return Request(
+        f"test {next(_numbers)}",
+        prompt,
+        params.seeded(),
+        ends=stop_tokens(params, {EOS}),
+        detokenizer=Detokenizer(_table),
+        vocab_size=128,
+    )
+
+
+def run(loop: GenerationLoop, ids: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
+    """Tokens of each prompt, ended by max_tokens or the end token; no page is left in use."""
     each = params if isinstance(params, list) else [params] * len(ids)
-    tokens: list[list[int]] = [[] for _ in ids]
-
-    def accept(request: Request, token: int, _: object) -> bool:
-        tokens[request.index].append(token)
-        ended = token == EOS and not request.params.ignore_eos
-        return ended or len(tokens[request.index]) == request.params.max_tokens
-
-    loop.run([Request(index, prompt, each[index]) for index, prompt in enumerate(ids)], accept)
-    return tokens
+    requests = [request(prompt, own) for prompt, own in zip(ids, each, strict=True)]
+    for one in requests:
+        loop.submit([one])
+    loop.run(requests)
+    for part in loop.scheduler.parts:
+        part.pool.check()
+        assert part.pool.used == 0
+    return [one.token_ids for one in requests]
 
 
 def naive(prompt: list[int], count: int) -> list[int]:
@@ -86,7 +103,7 @@ def greedy() -> list[list[int]]:
 
 
 def test_rows_of_different_lengths_equal_whole_passes_one_by_one(mesh_text: str) -> None:
-    assert run(decode_loop(mesh_text), prompts(), GREEDY) == greedy()
+    assert run(loop(mesh_text), prompts(), GREEDY) == greedy()
 
 
 @pytest.mark.parametrize("variant", ["gqa", "9 heads, 3 kv", "tied"])
@@ -120,8 +137,7 @@ def test_prefill_and_decode_logits_equal_the_full_forward(variant: str, mesh_tex
 
 
 def test_collectives_of_a_decode_step(mesh_text: str) -> None:
-    loop = decode_loop(mesh_text)
-    run(loop, prompts(), GREEDY)
+    run(loop(mesh_text), prompts(), GREEDY)
     found = engine(mesh=mesh_text)
     program = next(program for program in found.programs if program.name == "decode")
     used = collectives(program.compiled)
@@ -136,9 +152,9 @@ def test_collectives_of_a_decode_step(mesh_text: str) -> None:
     assert counted == {
         # attention and feed-forward of each layer, and the lookup
         ("all-reduce", rows * BASE["hidden_size"] * 4): 2 * layers + 1,
-        # a number a row: the largest logit and its place, both greedy and sampled (4); only for top-k and top-p the sum
-        # of the weights (1), and where the candidates do not settle it the passes (two loops and a sum)
-        ("all-reduce", rows * 4): 8,
+        # a number a row: the largest logit and its place, both greedy and sampled (4); only for the filters the largest
+        # logit (1), the sum of the weights (1), and where the candidates do not settle it the passes (two loops, a sum)
+        ("all-reduce", rows * 4): 9,
         # only for top-k and top-p: the candidates, which here are all of the small vocabulary
         ("all-gather", rows * min(CANDIDATES * parts["model"], BASE["vocab_size"]) * 4): 1,
     }
@@ -149,49 +165,129 @@ def test_sampled_tokens_do_not_depend_on_batch_or_mesh(mesh_text: str) -> None:
         SamplingParams(max_tokens=10, temperature=1.0, seed=seed, top_k=50, top_p=0.95, ignore_eos=True)
         for seed in range(6)
     ]
-    alone = [run(decode_loop(), [prompt], [each])[0] for prompt, each in zip(prompts(), params, strict=True)]
-    assert run(decode_loop(mesh_text), prompts(), params) == alone
+    alone = [run(loop(), [prompt], [each])[0] for prompt, each in zip(prompts(), params, strict=True)]
+    assert run(loop(mesh_text), prompts(), params) == alone
     assert alone != greedy()
 
 
-def test_more_prompts_than_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "MOST_ROWS", 4)
-    assert run(decode_loop(), prompts(), GREEDY) == greedy()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_rows": 2},
+        {"max_chunk": PAGE_SIZE, "token_budget": 2 * PAGE_SIZE},
+        {"chunked": False},
+        {"prefix_cache": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mesh", ["data=1,model=1", "data=2,model=4", "data=8,model=1"])
+def test_whatever_the_options_the_tokens_are_the_same(mesh: str, options: dict[str, Any]) -> None:
+    ids = prompts([3, 17, 30, 5, 9, 1])
+    ids += [ids[2] * 5, ids[2] * 5 + [7], ids[2] * 5]  # 150 tokens: two full pages alike
+    expected = run(loop(), ids, GREEDY)
+    assert run(loop(mesh, **options), ids, GREEDY) == expected
+    assert expected[:6] == [naive(prompt, GREEDY.max_tokens) for prompt in ids[:6]]
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_takes_its_pages() -> None:
+    used = loop(prefix_cache=True)
+    ids = prompts([30])[0] * 5
+    first, second = request(ids, GREEDY), request([*ids, 3, 4], GREEDY)
+    for one in (first, second):
+        used.submit([one])
+        used.run([one])
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == 2 * PAGE_SIZE
+    assert second.token_ids == run(loop(prefix_cache=False), [[*ids, 3, 4]], GREEDY)[0]
+
+
+def test_rows_that_share_pages_while_they_run_equal_rows_alone() -> None:
+    ids = [prompts([30])[0] * 5 + [row] for row in range(8)]
+    alone = [run(loop(prefix_cache=False), [each], GREEDY)[0] for each in ids]
+    shared = loop(prefix_cache=True)
+    assert run(shared, ids[:1], GREEDY) == alone[:1]
+    assert run(shared, ids, GREEDY) == alone
+
+
+@pytest.mark.parametrize("mesh", ["data=1,model=1", "data=2,model=4"])
+def test_requests_that_lose_their_pages_end_with_the_same_tokens(mesh: str) -> None:
+    ids = prompts([30, 17, 9, 25, 30, 11, 28, 19])
+    params = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.7, seed=5)
+    parts = engine(mesh=mesh).data_parts
+    small = loop(mesh, cache_bytes=5 * parts * page_bytes(engine().config, np.float32))
+    requests = [request(prompt, params) for prompt in ids]
+    scheduled = []
+    for one in requests:
+        small.submit([one])
+        scheduled.append(small.scheduler[one.request_id])
+    small.run(requests)
+    assert sum(each.preemptions for each in scheduled) > 0
+    assert all(part.pool.used == 0 for part in small.scheduler.parts)
+    assert [one.token_ids for one in requests] == run(loop(), ids, params)
+
+
+def test_a_cancelled_request_gives_its_pages_back() -> None:
+    used = loop(max_rows=4)
+    requests = [request(prompt, SamplingParams(max_tokens=100, ignore_eos=True)) for prompt in prompts()]
+    for one in requests:
+        used.submit([one])
+    for _ in range(3):
+        used.turn()
+    for one in requests[:5]:  # running ones and waiting ones
+        used.cancel(one)
+    used.run(requests)
+    assert [one.finish_reason for one in requests] == ["cancelled"] * 5 + ["length"]
+    assert requests[5].token_ids[: len(greedy()[5])] == greedy()[5]
+    assert used.scheduler.parts[0].pool.used == 0
+
+
+def test_a_request_whose_deadline_passed_is_not_run() -> None:
+    used = loop(max_rows=1)
+    late = request([1, 2], GREEDY)
+    used.submit([late], deadline=used.clock() - 1)
+    used.run([late])
+    assert (late.finish_reason, late.token_ids) == ("deadline", [])
+
+
+def test_continuations_of_one_prompt_are_those_of_each_alone() -> None:
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=4, ignore_eos=True)
+    ids = prompts([30])[0] * 3
+    group = [request(ids, own) for own in params.branches()]
+    used = loop()
+    used.submit(group)
+    used.run(group)
+    assert [one.token_ids for one in group] == [run(loop(), [ids], own)[0] for own in params.branches()]
+    assert len({tuple(one.token_ids) for one in group}) > 1
 
 
 def test_rows_end_one_by_one() -> None:
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (1, 12, 3, 7, 2, 5)]
-    found = run(decode_loop(), prompts(), params)
+    found = run(loop(), prompts(), params)
     assert found == [tokens[: each.max_tokens] for tokens, each in zip(greedy(), params, strict=True)]
 
 
 def test_buckets_bound_the_number_of_programs() -> None:
     found = engine("mqa")
-    loop = DecodeLoop(found, found.config, {EOS})
-    before = found.compiles
-    for rows in range(1, 9):
-        for length in (1, 9, 32):
-            run(loop, prompts([length] * rows), SamplingParams(max_tokens=4, ignore_eos=True))
-    # Batches of 1, 2, 4 and 8 rows, one prompt length, one cache length: a prefill and a decode program each.
-    assert found.compiles - before == 8
+    used, compiled = GenerationLoop(found, found.config, {EOS}), []
+    for _ in range(3):
+        for rows in (1, 2, 5, 8):
+            run(used, prompts([9] * rows), SamplingParams(max_tokens=4, ignore_eos=True))
+        compiled.append(Counter(program.name for program in found.programs))
+    # Rows run in batches of 1, 2 and 8, over a pool of 8 or 16 pages, with one length of prompts.
+    assert compiled[-1]["decode"] <= 3 * 2
+    assert compiled[-1]["prefill"] <= 3
+    assert compiled[-1] == compiled[-2]
 
 
 def test_the_device_is_one_step_ahead_and_stops_with_the_last_row() -> None:
-    loop, events = decode_loop(), []
-    original = loop._decode
-    loop._decode = lambda *args: (events.append("step"), original(*args))[1]  # type: ignore[func-returns-value]
-    try:
-
-        def accept(request: Request, token: int, _: object) -> bool:
-            events.append("read")
-            return events.count("read") == 4  # as if the fourth token were an end token
-
-        loop.run([Request(0, [5, 6], SamplingParams(max_tokens=50))], accept)
-    finally:
-        loop._decode = original
-    # The first token is read at once; after that each is read while the next step runs, and the step that was under way
-    # when the fourth came is the last.
-    assert events == ["read", "step", "step", "read", "step", "read", "step", "read"]
+    used, events = loop(max_rows=1), []
+    executor = used._executor
+    decode, read = executor.decode, used._read
+    executor.decode = lambda *args: (events.append("step"), decode(*args))[1]  # type: ignore[method-assign,func-returns-value]
+    used._read = lambda step: (events.append("read"), read(step))[1]  # type: ignore[method-assign,func-returns-value]
+    run(used, [[5, 6]], SamplingParams(max_tokens=4, ignore_eos=True))
+    # Each token is read while the next step runs. The host knows max_tokens: no step is run in vain.
+    assert events == ["step", "read", "step", "read", "step", "read", "read"]
 
 
 def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:
@@ -223,40 +319,21 @@ def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:
     ],
 )
 def test_requests_that_are_refused(ids: list[list[int]], params: dict[str, Any], message: str) -> None:
-    requests = [Request(index, prompt, SamplingParams(**params)) for index, prompt in enumerate(ids)]
+    *good, bad = enumerate(ids)
+    for index, prompt in good:
+        check_prompt(index, prompt, SamplingParams(**params), 128, 256)
     with pytest.raises(TaskError, match=message):
-        check_requests(requests, 128, 256)
+        check_prompt(*bad, SamplingParams(**params), 128, 256)
+
+
+def test_a_request_that_the_cache_can_never_hold() -> None:
+    small = loop(cache_bytes=2 * page_bytes(engine().config, np.float32))
+    with pytest.raises(TaskError, match="may take 4 pages of 64 positions; the cache has room for 2"):
+        small.submit([request([1] * 200, SamplingParams(max_tokens=50))])
+    assert run(small, prompts([3]), GREEDY) == greedy()[:1]
 
 
 @pytest.mark.parametrize(("ids", "message"), [([5], "has 1 tokens"), ([1] * 257, "257 tokens"), ([1, 999], "id 999")])
 def test_sequences_that_cannot_be_scored(ids: list[int], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         Scorer(engine(), engine().config)([[1, 2], ids])
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 50)), min_size=1, max_size=70),
-    parts=st.sampled_from([1, 2, 3, 8]),
-    most_rows=st.sampled_from([1, 8, 32]),
-    most_positions=st.sampled_from([1, 2000, 10**6]),
-)
-def test_groups(sizes: list[tuple[int, int]], parts: int, most_rows: int, most_positions: int) -> None:
-    requests = [
-        Request(index, [1] * length, SamplingParams(max_tokens=count)) for index, (length, count) in enumerate(sizes)
-    ]
-    groups = make_groups(requests, parts=parts, context_len=250, most_rows=most_rows, most_positions=most_positions)
-    rows = [row for group in groups for row in group.rows if row is not None]
-    assert sorted(row.index for row in rows) == list(range(len(requests)))
-    for group in groups:
-        held = [row for row in group.rows if row is not None]
-        assert held
-        assert len(group.rows) % parts == 0
-        assert len(group.rows) * group.capacity <= most_positions or len(group.rows) == parts
-        assert max(row.positions for row in held) <= group.capacity <= 250
-        assert max(len(row.ids) for row in held) <= group.prompt_len <= group.capacity
-        ids, lengths = group.input_ids(), group.lengths()
-        for line, length, row in zip(ids, lengths, group.rows, strict=True):
-            assert line.sum() == (0 if row is None else length)
-        shares = np.array([0 if row is None else len(row.ids) for row in group.rows]).reshape(parts, -1).sum(1)
-        assert group.imbalance == pytest.approx(shares.max() / shares.mean())

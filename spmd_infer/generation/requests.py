@@ -1,0 +1,163 @@
+"""A request while it is generated: its parameters, its text as it grows, when things happened, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from spmd_infer.generation.detokenizer import Detokenizer
+from spmd_infer.generation.sampling_params import SamplingParams
+from spmd_infer.generation.stopping import StopText
+from spmd_infer.generation.token_rules import TokenIds
+from spmd_infer.generation.token_state import token_bits
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+RequestId = str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The log-probability of a token, and the likeliest tokens in its place.
+
+    Attributes:
+        logprob: of the token.
+        top_ids: ``[N]`` int32, in falling order.
+        top_logprobs: ``[N]`` float32.
+    """
+
+    logprob: float
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+
+
+class Constraint(Protocol):
+    """What keeps a text in shape, token by token."""
+
+    def fill_mask(self, mask: npt.NDArray[np.uint32]) -> None:
+        """Write the bits of the tokens that may come next."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that came."""
+
+
+class Request:
+    """One continuation of one prompt.
+
+    Args:
+        request_id: its name.
+        prompt_ids: tokens of the prompt.
+        params: how to continue it, with a seed.
+        ends: tokens that end it.
+        detokenizer: makes text of its tokens.
+        vocab_size: of the model.
+        bad_words: token sequences that may not come.
+        constraint: keeps its text in shape; None where any text will do.
+        on_text: called with each piece of text as it becomes certain.
+
+    Attributes:
+        token_ids: what was generated, the token that ended it included.
+        scores: of each token, where the parameters ask for them.
+        finish_reason: None while it runs.
+        stop_reason: the token or string that ended it; None for the model's own end tokens and other reasons.
+        submitted: when it was handed in, in seconds.
+        started: when its prompt was first run.
+        token_times: when each token was read.
+        part: which part of the rows it was first run in.
+        cached_tokens: tokens of the prompt whose keys and values were taken from an earlier request.
+    """
+
+    def __init__(
+        self,
+        request_id: RequestId,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        ends: frozenset[int],
+        detokenizer: Detokenizer,
+        vocab_size: int,
+        bad_words: Sequence[TokenIds] = (),
+        constraint: Constraint | None = None,
+        on_text: Callable[[str], None] | None = None,
+        submitted: float = 0.0,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.bad_words = bad_words
+        self.constraint = constraint
+        self.token_ids: list[int] = []
+        self.scores: list[Scores] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.submitted = submitted
+        self.started: float | None = None
+        self.token_times: list[float] = []
+        self.part = 0
+        self.cached_tokens = 0
+        self._ends = ends
+        self._detokenizer = detokenizer
+        self._stop = StopText(params.stop, include=params.include_stop_str_in_output)
+        self._pieces: list[str] = []
+        self._on_text = on_text
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else token_bits(allowed, vocab_size)
+
+    @property
+    def text(self) -> str:
+        """What is certain of the text."""
+        return "".join(self._pieces)
+
+    def push(self, token: int, scores: Scores | None, now: float) -> bool:
+        """Take the next token; returns whether the request has ended with it."""
+        self.token_times.append(now)
+        if token < 0:  # nothing was allowed: the shape is complete
+            self._end("stop")
+            return True
+        self.token_ids.append(token)
+        if scores is not None:
+            self.scores.append(scores)
+        count = len(self.token_ids)
+        if token in self._ends:  # not chosen before min_tokens
+            self.stop_reason = token if token in self.params.stop_token_ids else None
+            self._end("stop")
+            return True
+        if self.constraint is not None:
+            self.constraint.advance(token)
+        text = self._stop.push(self._detokenizer.push(token), watch=count >= self.params.min_tokens)
+        if self._stop.stopped is not None:
+            self.stop_reason = self._stop.stopped
+            self.finish_reason = "stop"
+        elif count == self.params.max_tokens:
+            self.finish_reason = "length"
+            text += self._rest()
+        self._write(text)
+        return self.finish_reason is not None
+
+    def end(self, reason: FinishReason) -> None:
+        """End it from outside: cancelled, or its deadline passed."""
+        if self.finish_reason is None:
+            self._end(reason)
+
+    def fill_mask(self, mask: npt.NDArray[np.uint32]) -> None:
+        """Write the bits of the tokens that may come next into ``mask``, which holds ones."""
+        if self.constraint is not None:
+            self.constraint.fill_mask(mask)
+        elif self._allowed is not None:
+            mask[:] = self._allowed
+
+    def _end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._write(self._rest())
+
+    def _rest(self) -> str:
+        return self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            if self._on_text is not None:
+                self._on_text(text)
