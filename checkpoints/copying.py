@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,6 +23,7 @@ from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.manifest import Chunk
 from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader, TensorInfo, read_into, takes_whole
+from spmd_infer.checkpoints.remote import named, object_at
 from spmd_infer.errors import CheckpointError
 
 BUDGET_BYTES = 256 << 20
@@ -134,17 +135,20 @@ def plan_copy(reader: Reader, quantisation: Quantisation | None = None) -> CopyP
     return CopyPlan(len(reader.tensors), read, written, largest, held + SLACK_BYTES)
 
 
-def copy_tensors(reader: Reader, sink: Sink, advance: Advance) -> None:
+def copy_tensors(reader: Reader, sink: Sink, advance: Advance, only: Container[str] | None = None) -> None:
     """Write every tensor of a reader that the sink does not have yet.
 
     Args:
         reader: where from.
         sink: where to.
         advance: called with the bytes of each tensor, in its own dtype, when it has been written.
+        only: names of the tensors to write, where it is not all of them.
     """
     scratch = Scratch()
     with Pipeline(BUDGET_BYTES, "checkpoint-copy") as line:
         for info in reader.tensors.values():
+            if only is not None and info.name not in only:
+                continue
             if info.name in sink.done:
                 advance(info.nbytes)
                 continue
@@ -181,8 +185,12 @@ def _ended(sink: Sink, info: TensorInfo, writing: Writing, advance: Advance) -> 
 def work_key(reader: Reader, options: Mapping[str, Any]) -> str:
     """Identifies a piece of work: the same source, unchanged, with the same options."""
     files = sorted({info.file for info in reader.tensors.values()})
-    facts: list[Any] = [str(reader.path.resolve()), dict(options)]
-    facts += [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+    facts: list[Any] = [named(reader.path), dict(options)]
+    for file in files:
+        if object_at(file) is not None:
+            facts.append([named(file), file.stat().st_size])
+        elif file.is_file():
+            facts.append([str(file), file.stat().st_size, file.stat().st_mtime_ns])
     facts.append([[name, list(info.shape), info.dtype.name] for name, info in reader.tensors.items()])
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 

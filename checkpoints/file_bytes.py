@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spmd_infer.checkpoints.remote import object_at
 from spmd_infer.errors import CheckpointError
 
 _ALIGNMENT = 64  # what XLA asks of host memory that it takes over without a copy
@@ -56,10 +57,17 @@ class FileBytes:
     Attributes:
         path: the file.
         size: its size in bytes when it was opened.
+        block_bytes: how many bytes are best read at a time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._remote = object_at(path)
+        self.block_bytes, self._gap, self._chunk = 1 << 20, _WORTH_SKIPPING, _CHUNK
+        if self._remote is not None:
+            self.size = self._remote.size
+            self.block_bytes = self._gap = self._chunk = 16 << 20
+            return
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
@@ -74,6 +82,9 @@ class FileBytes:
             CheckpointError: the file ends before, or cannot be read.
         """
         view = target.data.cast("B") if target.size else memoryview(b"")
+        if self._remote is not None:
+            view[:] = self._remote.read(offset, len(view)) if len(view) else b""
+            return
         done = 0
         while done < len(view):
             try:
@@ -124,7 +135,7 @@ class FileBytes:
             self.fill(flat, base)
             return
         run = (wanted[cut][1] - wanted[cut][0]) * strides[cut]
-        if strides[cut - 1] - run >= _WORTH_SKIPPING:
+        if strides[cut - 1] - run >= self._gap:
             self._read_runs(flat, base, run, [stop - start for start, stop in wanted[:cut]], strides[:cut])
         else:
             self._read_through(flat, base, run, [stop - start for start, stop in wanted[:cut]], strides[:cut])
@@ -140,7 +151,7 @@ class FileBytes:
         self, flat: npt.NDArray[np.uint8], base: int, run: int, counts: list[int], strides: list[int]
     ) -> None:
         rows, stride = counts[-1], strides[-1]
-        many = max(1, min(rows, _CHUNK // stride))
+        many = max(1, min(rows, self._chunk // stride))
         scratch = np.empty(many * stride, np.uint8)
         done = 0
         for outer in itertools.product(*map(range, counts[:-1])):

@@ -29,6 +29,7 @@ from spmd_infer.checkpoints import (
 from spmd_infer.checkpoints.folder_files import inside
 from spmd_infer.checkpoints.native_reader import NativeReader, Verify
 from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.checkpoints.remote import is_remote, mirror, url_of
 from spmd_infer.errors import CheckpointError, UnknownFormatError
 
 ENTRY_POINT_GROUP = "spmd_infer.readers"
@@ -102,7 +103,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: Verify = "full") ->
     """Open a checkpoint for reading; only headers are read.
 
     Args:
-        path: a file, a Hugging Face or native folder, or a folder that holds just one checkpoint file.
+        path: a file, a Hugging Face or native folder, or a folder that holds just one checkpoint file; of
+            safetensors and native checkpoints also a place in an object store, as ``s3://bucket/folder``.
         verify: how a native checkpoint is checked: ``"full"`` compares the digest of every byte that is read,
             ``"fast"`` sizes and a sample, ``"off"`` sizes alone. Other formats have no digests.
 
@@ -110,6 +112,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: Verify = "full") ->
         UnknownFormatError: no format, built in or installed, recognises the path.
         CheckpointError: the path does not exist, or the checkpoint is damaged.
     """
+    if is_remote(path):
+        return _open_remote(url_of(path), verify)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -135,6 +139,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: Verify = "full") ->
             names = ", ".join(file.name for file in inner[:8])
             raise CheckpointError(f"{path}: holds {len(inner)} checkpoint files ({names}); give the path of one")
     raise UnknownFormatError(_unknown(path, head, (*BUILT_IN, *added), broken))
+
+
+def _open_remote(url: str, verify: Verify) -> Reader:
+    local = mirror(url)
+    try:
+        return open_checkpoint(local, verify=verify)
+    except CheckpointError as error:
+        raise type(error)(str(error).replace(str(local), url)) from error
 
 
 def _head(path: Path) -> bytes:

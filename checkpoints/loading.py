@@ -30,6 +30,7 @@ _PIECE_BYTES = 16 << 20
 _BUFFERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked|inv_freq|masked_bias|rope_freqs\.weight)$")
 
 Progress = Callable[[int, int], None]
+Become = Callable[[str, jax.Array], Mapping[str, jax.Array]]
 
 
 def load_onto(
@@ -39,6 +40,7 @@ def load_onto(
     *,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
     on_progress: Progress | None = None,
+    become: Become | None = None,
 ) -> dict[str, jax.Array]:
     """Read every weight of a model onto the devices that its sharding names.
 
@@ -56,6 +58,8 @@ def load_onto(
         budget_bytes: host memory for slices under way.
         on_progress: called in the calling thread with the bytes loaded so far and in all, counted in the model's
             dtypes, each distinct slice once.
+        become: called in the calling thread with each weight as soon as it is on the devices, in the checkpoint's
+            order; what it returns, by path, is kept in the weight's place.
 
     Returns:
         The weights by parameter path.
@@ -74,9 +78,10 @@ def load_onto(
 
     def ended(job: _Job, pieces_of_it: Mapping[jax.Device, jax.Array]) -> None:
         nonlocal done
-        loaded[job.path] = jax.make_array_from_single_device_arrays(
+        weight = jax.make_array_from_single_device_arrays(
             job.shape, job.sharding, list(pieces_of_it.values()), dtype=job.dtype
         )
+        loaded.update({job.path: weight} if become is None else become(job.path, weight))
         done += job.nbytes
         if on_progress is not None:
             on_progress(done, total)
@@ -90,7 +95,7 @@ def load_onto(
                 for box, devices in job.boxes.items():
                     _read_box(line, reader, job, box, devices, placed)
             line.then(partial(ended, job, placed))
-    return {path: loaded[path] for path in abstract}
+    return {path: loaded[path] for path in abstract} if become is None else loaded
 
 
 def unused_tensors(reader: Reader, table: Mapping[str, Source]) -> list[str]:

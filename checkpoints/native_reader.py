@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -122,41 +122,10 @@ class NativeReader:
         entry = self.manifest.arrays.get(name)
         return {chunk.box: chunk for chunk in entry.chunks} if entry is not None else {}
 
-    def chunk_blocks(
-        self, name: str, chunk: Chunk, kind: digests.Kind, memory: npt.NDArray[np.uint8]
-    ) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        """The bytes of one chunk of a stored array, block by block, and at the end one of its digests compared.
-
-        Args:
-            name: the array.
-            chunk: one of its chunks.
-            kind: which digest.
-            memory: where to read to: as large as the chunk, or one block that is used again.
-
-        Yields:
-            Where a block begins in the chunk, and its bytes.
-
-        Raises:
-            CheckpointError: the chunk is damaged.
-        """
-        digest = digests.new(kind)
-        for start in range(0, chunk.nbytes, digests.BLOCK_BYTES):
-            at = start if memory.size >= chunk.nbytes else 0
-            block = memory[at : at + min(digests.BLOCK_BYTES, chunk.nbytes - start)]
-            self._files[chunk.file].fill(block, chunk.offset + start)
-            digest.update(block.data)
-            yield start, block
-        found, wanted = digest.hexdigest(), chunk.sha256 if kind == "sha256" else chunk.blake3
-        if found != wanted:
-            raise CheckpointError(
-                f"{self._files[chunk.file].path}: tensor {name!r} is damaged: bytes {chunk.offset} to "
-                f"{chunk.offset + chunk.nbytes} (its part {list(chunk.box)}) have {digests.NAMES[kind]} {found}, "
-                f"expected {wanted}"
-            )
-
-    def file_of(self, chunk: Chunk) -> Path:
-        """The data file that a chunk lies in."""
-        return self._files[chunk.file].path
+    @property
+    def files(self) -> Sequence[FileBytes]:
+        """The data files, in the manifest's order."""
+        return self._files
 
     def _read_array(self, name: str, box: Box, out: npt.NDArray[Any]) -> None:
         entry = self.manifest.arrays[name]
@@ -182,7 +151,7 @@ class NativeReader:
                 np.copyto(target, self._files[chunk.file].read(chunk.offset, shape, dtype, wanted))
 
     def _verified_bytes(self, name: str, chunk: Chunk, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        for _ in self.chunk_blocks(name, chunk, "blake3" if chunk.blake3 else "sha256", raw):
+        for _ in chunk_blocks(self._files[chunk.file], name, chunk, "blake3" if chunk.blake3 else "sha256", raw):
             pass
         self._verified.add((chunk.file, chunk.offset))
         return raw
@@ -223,15 +192,49 @@ class NativeReader:
 
     def _describe(self, name: str, entry: ArrayEntry) -> TensorInfo:
         dtype = DTYPES[entry.dtype]
-        file = self.file_of(entry.chunks[0]) if entry.chunks else self.path
+        file = self._files[entry.chunks[0].file].path if entry.chunks else self.path
         nbytes = sum(chunk.nbytes for chunk in entry.chunks)
         return TensorInfo(name, tuple(entry.shape), dtype, nbytes, file, entry.dtype)
 
     def _describe_quantised(self, name: str, entry: QuantisedEntry) -> TensorInfo:
         parts = [self.manifest.arrays[part] for part in (entry.values, entry.scales)]
         nbytes = sum(chunk.nbytes for part in parts for chunk in part.chunks)
-        file = self.file_of(parts[0].chunks[0]) if parts[0].chunks else self.path
+        file = self._files[parts[0].chunks[0].file].path if parts[0].chunks else self.path
         return TensorInfo(name, tuple(entry.shape), DTYPES[entry.dtype], nbytes, file, entry.kind)
+
+
+def chunk_blocks(
+    file: FileBytes, name: str, chunk: Chunk, kind: digests.Kind, memory: npt.NDArray[np.uint8]
+) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """The bytes of one chunk of a stored array, block by block, and at the end one of its digests compared.
+
+    Args:
+        file: the data file that the chunk lies in.
+        name: the array.
+        chunk: one of its chunks.
+        kind: which digest.
+        memory: where to read to: as large as the chunk, or one block that is used again.
+
+    Yields:
+        Where a block begins in the chunk, and its bytes.
+
+    Raises:
+        CheckpointError: the chunk is damaged.
+    """
+    digest = digests.new(kind)
+    step = file.block_bytes if memory.size >= chunk.nbytes else min(file.block_bytes, memory.size)
+    for start in range(0, chunk.nbytes, step):
+        at = start if memory.size >= chunk.nbytes else 0
+        block = memory[at : at + min(step, chunk.nbytes - start)]
+        file.fill(block, chunk.offset + start)
+        digest.update(block.data)
+        yield start, block
+    found, wanted = digest.hexdigest(), chunk.sha256 if kind == "sha256" else chunk.blake3
+    if found != wanted:
+        raise CheckpointError(
+            f"{file.path}: tensor {name!r} is damaged: bytes {chunk.offset} to {chunk.offset + chunk.nbytes} (its part "
+            f"{list(chunk.box)}) have {digests.NAMES[kind]} {found}, expected {wanted}"
+        )
 
 
 def file_digest(source: FileBytes) -> str:

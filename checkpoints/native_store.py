@@ -1,172 +1,36 @@
-"""Writing native checkpoints: from another checkpoint, or from arrays on devices. See ``manifest`` for what they are.
+"""Writing native checkpoints from other ones, and what they say of their model. See ``manifest`` for what they are.
 
-This module is the only one that knows how they are stored; ``native_reader`` is its counterpart.
+This module and those it calls are the only ones that know how they are stored; ``native_reader`` is the counterpart.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import msgspec
 
 from spmd_infer.checkpoints import quantise
-from spmd_infer.checkpoints.boxes import Box, pieces, whole
-from spmd_infer.checkpoints.copying import (
-    Advance,
-    CopyPlan,
-    Quantisation,
-    copy_tensors,
-    plan_copy,
-    work_key,
-)
+from spmd_infer.checkpoints.copying import Advance, CopyPlan, Quantisation, copy_tensors, plan_copy, work_key
 from spmd_infer.checkpoints.derived import DerivedReader
-from spmd_infer.checkpoints.manifest import (
-    CHUNK_BYTES,
-    DTYPES,
-    FORMAT,
-    VERSION,
-    Chunk,
-    Manifest,
-    ModelEntry,
-    QuantisedEntry,
-    StoredFile,
-    write_manifest,
-)
-from spmd_infer.checkpoints.mesh_boxes import MeshLayout, unsplit
+from spmd_infer.checkpoints.file_bytes import FileBytes
+from spmd_infer.checkpoints.manifest import FORMAT, VERSION, Manifest, ModelEntry, QuantisedEntry, write_manifest
+from spmd_infer.checkpoints.mesh_boxes import MeshLayout
 from spmd_infer.checkpoints.native_reader import NativeReader
-from spmd_infer.checkpoints.native_writer import ArrayWriting, DataWriter, journal_entries, journal_step
-from spmd_infer.checkpoints.reader import Reader, TensorInfo
+from spmd_infer.checkpoints.native_sink import NativeSink
+from spmd_infer.checkpoints.native_writer import file_bytes_for
+from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.checkpoints.remote import is_remote, named, url_of
+from spmd_infer.checkpoints.shares import Part, Share, joined
 from spmd_infer.checkpoints.side_files import write_side_files
-from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder
-from spmd_infer.checkpoints.verifying import verify_native
+from spmd_infer.checkpoints.target_folder import check_space, described, locked, new_folder, work_folder
+from spmd_infer.checkpoints.verifying import verify_chunks
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes
 
-Array = npt.NDArray[Any]
-
-JOURNAL_NAME = "journal.jsonl"
 _LIBRARIES = ("spmd-infer", "numpy", "ml_dtypes", "jax", "flax")
-
-
-class NativeSink:
-    """Tensors into a native checkpoint's work folder, each noted in a journal when it is written."""
-
-    def __init__(
-        self,
-        work: Path,
-        key: str,
-        axes: Mapping[str, Axes],
-        layout: MeshLayout | None,
-        quantisation: Quantisation | None,
-    ) -> None:
-        self._axes, self._layout, self._quantisation = axes, layout, quantisation
-        self._journal = Journal(work / JOURNAL_NAME, key, lambda: _empty(work))
-        done = [journal_entries(step) for step in self._journal.steps]
-        self.writer = DataWriter(work, {name: entry for entries in done for name, entry in entries.items()})
-        if self._journal.steps:
-            files: Any = self._journal.steps[-1]["files"]
-            self.writer.resume(files)
-
-    @property
-    def done(self) -> set[str]:
-        """Tensors that need not be written again."""
-        names = set(self.writer.arrays)
-        scaled = {name.removesuffix(quantise.SCALES_END) for name in names if name.endswith(quantise.SCALES_END)}
-        return names | scaled
-
-    def begin(self, info: TensorInfo) -> ArrayWriting | _Quantising:
-        """Begin to write one tensor, quantised where it is to be."""
-        group = self._quantisation.group_for(info) if self._quantisation else None
-        axes = self._axes.get(info.name)
-        if self._quantisation is None or group is None:
-            return self._begin(info.name, info.shape, info.dtype, axes)
-        kind = self._quantisation.kind
-        shapes = quantise.stored_shapes(kind, info.shape, group)
-        bands = list(_rows(info))
-        small, scales = (
-            self._begin(info.name + end, shape, np.dtype(dtype), axes, [(*rows, (0, shape[-1])) for rows in bands])
-            for end, shape, dtype in (
-                (quantise.VALUES_END, shapes[0], DTYPES[quantise.stored_dtype(kind)]),
-                (quantise.SCALES_END, shapes[1], np.float32),
-            )
-        )
-        return _Quantising(kind, group, [(*rows, (0, info.shape[-1])) for rows in bands], small, scales)
-
-    def end(self, info: TensorInfo, writing: ArrayWriting | _Quantising) -> None:
-        """Note that one tensor is written."""
-        parts = (writing,) if isinstance(writing, ArrayWriting) else (writing.small, writing.scales)
-        self._journal.add(journal_step({part.name: part.end() for part in parts}, self.writer.names))
-
-    def manifest(self, reader: Reader, model: ModelEntry, files: list[StoredFile]) -> Manifest:
-        """The manifest of what has been written, and the end of the journal."""
-        data = self.writer.files()
-        entries = self.writer.arrays
-        arrays, quantised = {}, {}
-        for name, info in reader.tensors.items():
-            group = self._quantisation.group_for(info) if self._quantisation else None
-            if self._quantisation is None or group is None:
-                arrays[name] = entries[name]
-                continue
-            parts = name + quantise.VALUES_END, name + quantise.SCALES_END
-            arrays |= {part: entries[part] for part in parts}
-            quantised[name] = QuantisedEntry(
-                self._quantisation.kind, info.shape, info.dtype.name, self._axes.get(name), *parts, group
-            )
-        self._journal.end()
-        return Manifest(
-            format=FORMAT,
-            version=VERSION,
-            arrays=arrays,
-            data=tuple(data),
-            model=model,
-            quantised=quantised,
-            files=tuple(files),
-            mesh=str(self._layout.mesh) if self._layout else "",
-            hosts=self._layout.hosts if self._layout else 1,
-            source={"path": str(reader.path), "stored": reader.stored},
-            libraries=library_versions(),
-            created=now(),
-        )
-
-    def close(self) -> None:
-        """Close the data files."""
-        self.writer.close()
-
-    def _begin(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        axes: Axes | None,
-        bands: Sequence[Box] | None = None,
-    ) -> ArrayWriting:
-        boxes = self._layout.boxes(name, shape, dtype.itemsize, axes) if self._layout else unsplit(shape)
-        return self.writer.begin(name, shape, dtype, axes, boxes, bands)
-
-
-class _Quantising:
-    """A tensor on its way into small numbers and scales."""
-
-    def __init__(self, kind: str, group: int, bands: Sequence[Box], small: ArrayWriting, scales: ArrayWriting) -> None:
-        self._kind, self._group, self.bands, self.small, self.scales = kind, group, bands, small, scales
-
-    def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
-        """Quantise a band and write both parts; see ``Writing``."""
-        for part, made in zip(
-            (self.small, self.scales), quantise.quantise(self._kind, values, self._group), strict=True
-        ):
-            part.put((*band[:-1], (0, made.shape[-1])), made)
-
-
-def _rows(info: TensorInfo) -> Iterator[Box]:
-    """A tensor in bands of whole rows, all but their last dimension: a row is quantised at once."""
-    return pieces(whole(info.shape[:-1]), max(1, info.shape[-1] * 4), CHUNK_BYTES)
 
 
 def store(
@@ -179,6 +43,7 @@ def store(
     quantisation: Quantisation | None = None,
     overwrite: bool = False,
     check: bool = True,
+    share: Share | None = None,
     what: str = "convert",
     advance: Advance = lambda count: None,
 ) -> CopyPlan:
@@ -196,37 +61,99 @@ def store(
         quantisation: make weights small on the way.
         overwrite: replace what is at the target.
         check: read everything again at the end.
+        share: which of several processes this is that write the checkpoint together; all of them call this with the
+            same arguments. The first returns when the checkpoint is whole, the others when their share is written.
         what: what this is called in messages and in the lock.
         advance: called with bytes of the source as they are done, then with bytes written as they are checked.
 
     Raises:
         CheckpointError: the source is damaged, the disk too small or not writable, or what was written differs.
     """
-    plan = plan_copy(reader, quantisation)
+    plan, share = plan_copy(reader, quantisation), share or Share()
     options = {
         "layout": str(layout),
         "quantisation": str(quantisation),
         "axes": {name: list(named) for name, named in (axes or {}).items()},
+        "processes": share.count,
     }
+    if share.count > 1 and is_remote(target):
+        raise CheckpointError(f"{url_of(target)}: several processes need a folder on storage that they share")
     key = work_key(reader, options)
-    with new_folder(target, what, overwrite=overwrite, resumable=True) as work:
-        sink = NativeSink(work, key, axes or {}, layout, quantisation)
+    mine = share.names({name: info.nbytes for name, info in reader.tensors.items()})
+
+    def write(work: Path) -> Part:
+        sink = NativeSink(work, key, axes or {}, layout, quantisation, share, file_bytes_for(target))
+        if share.index == 0 and share.count > 1:
+            share.announce(work, key)
         try:
-            left = sum(info.nbytes for info in reader.tensors.values() if info.name not in sink.done)
+            left = sum(info.nbytes for info in reader.tensors.values() if info.name in mine - sink.done)
             check_space(work, int(plan.write_bytes * left / max(1, plan.read_bytes)))
-            copy_tensors(reader, sink, advance)
-            manifest = sink.manifest(reader, model, write_side_files(reader, work))
+            copy_tensors(reader, sink, advance, only=mine)
+            part = sink.part()
         finally:
             sink.close()
-        write_manifest(manifest, work)
         if check:
-            problems = verify_native(NativeReader(work), digest="blake3", advance=advance)
-            if problems:
-                raise CheckpointError(
-                    f"{target}: what was written differs from what should have been: {problems[0]}; the disk or "
-                    f"memory may be failing"
-                )
+            _check(work, part, target, advance)
+        return part
+
+    if share.index:
+        work = work_folder(target.absolute())
+        share.await_announcement(work, key)
+        with (
+            locked(share.lock_path(work), f"{what}, share {share.index} of {share.count}", patience=2.0),
+            described(target, what, work),
+        ):
+            part = write(work)
+        share.post(work, part)
+        return plan
+    with new_folder(target, what, overwrite=overwrite, resumable=True) as work:
+        parts = [write(work), *share.collect(work)]
+        manifest = _manifest(reader, joined(parts), model, axes or {}, layout, quantisation)
+        write_manifest(msgspec.structs.replace(manifest, files=tuple(write_side_files(reader, work))), work)
     return plan
+
+
+def _check(work: Path, part: Part, target: Path, advance: Advance) -> None:
+    """Compare what is in the files with what went there."""
+    files = [FileBytes(work / stored.name) for stored in part.data]
+    problems, _ = verify_chunks(part.arrays, files, digest="blake3", advance=advance)
+    if problems:
+        raise CheckpointError(
+            f"{target}: what was written differs from what should have been: {problems[0]}; the disk or memory may be "
+            f"failing"
+        )
+
+
+def _manifest(
+    reader: Reader,
+    written: Part,
+    model: ModelEntry,
+    axes: Mapping[str, Axes],
+    layout: MeshLayout | None,
+    quantisation: Quantisation | None,
+) -> Manifest:
+    arrays, quantised = {}, {}
+    for name, info in reader.tensors.items():
+        group = quantisation.group_for(info) if quantisation else None
+        if quantisation is None or group is None:
+            arrays[name] = written.arrays[name]
+            continue
+        parts = name + quantise.VALUES_END, name + quantise.SCALES_END
+        arrays |= {part: written.arrays[part] for part in parts}
+        quantised[name] = QuantisedEntry(quantisation.kind, info.shape, info.dtype.name, axes.get(name), *parts, group)
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        arrays=arrays,
+        data=tuple(written.data),
+        model=model,
+        quantised=quantised,
+        mesh=str(layout.mesh) if layout else "",
+        hosts=layout.hosts if layout else 1,
+        source={"path": named(reader.path), "stored": reader.stored},
+        libraries=library_versions(),
+        created=now(),
+    )
 
 
 def stored_model(reader: Reader) -> ModelEntry | None:
@@ -269,8 +196,3 @@ def library_versions() -> dict[str, str]:
 def now() -> str:
     """The time, in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _empty(work: Path) -> None:
-    for item in work.iterdir():
-        shutil.rmtree(item) if item.is_dir() else item.unlink()

@@ -27,12 +27,14 @@ from spmd_infer.checkpoints.boxes import (
 from spmd_infer.checkpoints.casting import cast
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DATA_FOLDER, DTYPES, ArrayEntry, Chunk, StoredFile, data_digest
+from spmd_infer.checkpoints.remote import is_remote
+from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
 from spmd_infer.checkpoints.target_folder import write_at
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes
 
 FILE_BYTES = 4 << 30
-"""A data file that has reached this size is followed by another."""
+"""A data file that has reached this size is followed by another; see ``file_bytes_for``."""
 
 BAND_BYTES = 64 << 20
 """The most bytes of a tensor that are read at once, where its columns go to several boxes."""
@@ -110,10 +112,20 @@ class DataWriter:
     Args:
         folder: the checkpoint's folder, or the one that will become it.
         arrays: what a run before wrote, as ``ArrayWriting.end`` returned it; what lies behind it is cut off.
+        part: which process this is, where several write into the folder, each into files of its own.
+        file_bytes: a data file that has reached this size is followed by another.
     """
 
-    def __init__(self, folder: Path, arrays: Mapping[str, ArrayEntry] | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        arrays: Mapping[str, ArrayEntry] | None = None,
+        *,
+        part: int | None = None,
+        file_bytes: int = FILE_BYTES,
+    ) -> None:
+        self._folder, self._file_bytes = folder, file_bytes
+        self._series = "" if part is None else f"part-{part:04d}-"
         self.arrays: dict[str, ArrayEntry] = dict(arrays or {})
         self._names: list[str] = []
         self._sizes: list[int] = []
@@ -198,15 +210,20 @@ class DataWriter:
     def _reserve(self, host: int, nbytes: int) -> tuple[int, int]:
         """The file and offset for the next chunk of a host."""
         position = self._current.get(host)
-        if position is None or self._sizes[position] >= FILE_BYTES:
+        if position is None or self._sizes[position] >= self._file_bytes:
             count = sum(f"host-{host:04d}-" in name for name in self._names)
-            self._names.append(f"{DATA_FOLDER}/host-{host:04d}-{count:04d}.bin")
+            self._names.append(f"{DATA_FOLDER}/host-{host:04d}-{self._series}{count:04d}.bin")
             self._sizes.append(0)
             position = self._current[host] = len(self._names) - 1
             (self._folder / self._names[position]).write_bytes(b"")
         offset = self._sizes[position]
         self._sizes[position] += nbytes
         return position, offset
+
+
+def file_bytes_for(target: Path) -> int:
+    """How large a target's data files may become."""
+    return OBJECT_BYTES if is_remote(target) else FILE_BYTES
 
 
 def bands_of(shape: Sequence[int], dtype: np.dtype[Any], boxes: Sequence[tuple[Box, int]]) -> Iterator[Box]:

@@ -23,6 +23,8 @@ from spmd_infer.checkpoints.folder_files import CONFIG_NAME
 from spmd_infer.checkpoints.manifest import Chunk
 from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
+from spmd_infer.checkpoints.remote import is_remote
+from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
 from spmd_infer.checkpoints.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsReader
 from spmd_infer.checkpoints.side_files import copy_side_files
 from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder, write_at
@@ -75,9 +77,9 @@ class _Writing:
 class SafetensorsSink:
     """Tensors into the files of a work folder, each at its place; a journal notes their digests."""
 
-    def __init__(self, work: Path, key: str, infos: Sequence[TensorInfo]) -> None:
+    def __init__(self, work: Path, key: str, infos: Sequence[TensorInfo], shard_bytes: int = SHARD_BYTES) -> None:
         self._work = work
-        self.shards = _plan(infos)
+        self.shards = _plan(infos, shard_bytes)
         self._home = {name: shard for shard in self.shards for name in shard.starts}
         self._journal = Journal(work / JOURNAL_NAME, key, lambda: _empty(work))
         self.digests: dict[str, dict[Box, str]] = {}
@@ -151,7 +153,7 @@ def store_hugging_face(
     infos = list(reader.tensors.values())
     key = work_key(reader, {"format": "safetensors", "config": dict(reader.config)})
     with new_folder(target, "convert", overwrite=overwrite, resumable=True) as work:
-        sink = SafetensorsSink(work, key, infos)
+        sink = SafetensorsSink(work, key, infos, OBJECT_BYTES if is_remote(target) else SHARD_BYTES)
         left = sum(info.size * info.dtype.itemsize for info in infos if info.name not in sink.done)
         check_space(work, left)
         try:
@@ -190,14 +192,14 @@ def _pieces(info: TensorInfo) -> list[Box]:
     return list(pieces(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES))
 
 
-def _plan(infos: Sequence[TensorInfo]) -> list[_Shard]:
+def _plan(infos: Sequence[TensorInfo], shard_bytes: int) -> list[_Shard]:
     groups: list[list[TensorInfo]] = [[]]
     size = 0
     for info in infos:
         if info.dtype not in _NAMES:
             raise CheckpointError(f"tensor {info.name!r} is {info.dtype.name}, which safetensors files cannot hold")
         nbytes = info.size * info.dtype.itemsize
-        if groups[-1] and size + nbytes > SHARD_BYTES:
+        if groups[-1] and size + nbytes > shard_bytes:
             groups.append([])
             size = 0
         groups[-1].append(info)

@@ -21,17 +21,17 @@ from spmd_infer.checkpoints.copying import BUDGET_BYTES
 from spmd_infer.checkpoints.manifest import (
     FORMAT,
     VERSION,
-    ArrayEntry,
-    Chunk,
     Manifest,
     ModelEntry,
-    StoredFile,
     write_manifest,
 )
 from spmd_infer.checkpoints.native_store import library_versions, now
-from spmd_infer.checkpoints.native_writer import ArrayWriting, DataWriter
+from spmd_infer.checkpoints.native_writer import FILE_BYTES, ArrayWriting, DataWriter, file_bytes_for
 from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader
+from spmd_infer.checkpoints.remote import is_remote, url_of
+from spmd_infer.checkpoints.remote import named as place_of
+from spmd_infer.checkpoints.shares import Part, joined
 from spmd_infer.checkpoints.side_files import write_side_files
 from spmd_infer.checkpoints.target_folder import check_space, flush, new_folder, work_folder
 from spmd_infer.errors import CheckpointError
@@ -43,13 +43,6 @@ Array = npt.NDArray[Any]
 _PATIENCE_MS = 4 * 3600 * 1000  # a lost process is noticed by its heartbeat, long before
 _steps: dict[Path, int] = {}  # how many steps this process has taken with the others, for each target
 _steps_lock = threading.Lock()
-
-
-class _Part(msgspec.Struct):
-    """What one process has written: its share of each tensor, and its files."""
-
-    arrays: dict[str, ArrayEntry]
-    data: list[StoredFile]
 
 
 def save(
@@ -68,7 +61,7 @@ def save(
 
     Args:
         params: arrays by parameter path.
-        path: the new folder.
+        path: the new folder; or a place in an object store, as ``s3://bucket/folder``, where a job is one process.
         axes: logical axes by parameter path, for those that have any.
         model: which model it is; without it the arrays are just tensors of these names.
         source: the checkpoint that they were loaded from, for the files that lie beside it (the tokenizer).
@@ -79,13 +72,16 @@ def save(
             every process raises when one fails, and says which one did.
     """
     check_arrays(params)
-    target, named = Path(path).absolute(), axes or {}
+    target, named = Path(path) if is_remote(path) else Path(path).absolute(), axes or {}
     needed = sum(array.nbytes for array in params.values())
     if jax.process_count() == 1:
         with new_folder(target, "save", overwrite=overwrite) as work:
             check_space(work, needed)
-            _finish([_write_part(params, work, named)], work, params, model, source)
+            part = _write_part(params, work, named, file_bytes_for(target))
+            _finish([part], work, params, model, source)
         return
+    if is_remote(target):
+        raise CheckpointError(f"{url_of(target)}: several processes need a folder on storage that they share")
     work, first = work_folder(target), jax.process_index() == 0
     with ExitStack() as stack:
         # Everybody passes these points in turn, and everybody leaves at the first where one of them has failed.
@@ -97,7 +93,7 @@ def save(
         _together(begin if first else None, target)
 
         def write() -> None:
-            part = _write_part(params, work, named)
+            part = _write_part(params, work, named, FILE_BYTES)
             file = work / f"part-{jax.process_index():05d}.json"
             file.write_bytes(msgspec.json.encode(part))
             for written in (file, *(work / stored.name for stored in part.data)):
@@ -107,7 +103,7 @@ def save(
 
         def finish() -> None:
             files = sorted(work.glob("part-*.json"))
-            parts = [msgspec.json.decode(file.read_bytes(), type=_Part) for file in files]
+            parts = [msgspec.json.decode(file.read_bytes(), type=Part) for file in files]
             if len(parts) != jax.process_count():
                 raise CheckpointError(
                     f"{work}: {len(parts)} of {jax.process_count()} processes' parts are there; the folder must be on "
@@ -158,10 +154,10 @@ def _together(step: Callable[[], None] | None, target: Path) -> None:
         raise CheckpointError(f"{target}: save failed: {'; '.join(found)}") from failure
 
 
-def _write_part(params: Mapping[str, jax.Array], work: Path, axes: Mapping[str, Axes]) -> _Part:
+def _write_part(params: Mapping[str, jax.Array], work: Path, axes: Mapping[str, Axes], file_bytes: int) -> Part:
     """Write this process's shards, one copy of each."""
     host = jax.process_index()
-    writer = DataWriter(work)
+    writer = DataWriter(work, file_bytes=file_bytes)
     try:
         with Pipeline(BUDGET_BYTES, "checkpoint-save") as line:
             for name, array in params.items():
@@ -178,7 +174,7 @@ def _write_part(params: Mapping[str, jax.Array], work: Path, axes: Mapping[str, 
                         piece = part(values, relative(band, box))
                         line.run(piece.nbytes, partial(writing.put, band, piece))
                     line.then(partial(_ended, writing))
-        return _Part(writer.arrays, writer.files())
+        return Part(writer.arrays, writer.files())
     finally:
         writer.close()
 
@@ -195,17 +191,10 @@ def _on_host(shard: jax.Array) -> Array:
 
 
 def _finish(
-    parts: Sequence[_Part], work: Path, params: Mapping[str, jax.Array], model: ModelEntry | None, source: Reader | None
+    parts: Sequence[Part], work: Path, params: Mapping[str, jax.Array], model: ModelEntry | None, source: Reader | None
 ) -> None:
     """Join the processes' parts into one manifest."""
-    entries: dict[str, ArrayEntry] = {}
-    data: list[StoredFile] = []
-    for written in parts:
-        for name, entry in written.arrays.items():
-            moved = [msgspec.structs.replace(chunk, file=chunk.file + len(data)) for chunk in entry.chunks]
-            before: tuple[Chunk, ...] = entries[name].chunks if name in entries else ()
-            entries[name] = msgspec.structs.replace(entry, chunks=(*before, *moved))
-        data.extend(written.data)
+    written = joined(parts)
     meshes = {
         str(spec_of(array.sharding.mesh))
         for array in params.values()
@@ -215,13 +204,13 @@ def _finish(
     manifest = Manifest(
         format=FORMAT,
         version=VERSION,
-        arrays={name: entries[name] for name in params},
-        data=tuple(data),
+        arrays={name: written.arrays[name] for name in params},
+        data=tuple(written.data),
         model=model or ModelEntry(),
         files=tuple(files),
         mesh=meshes.pop() if len(meshes) == 1 else "",
         hosts=jax.process_count(),
-        source={"path": str(source.path), "stored": source.stored} if source is not None else {},
+        source={"path": place_of(source.path), "stored": source.stored} if source is not None else {},
         libraries=library_versions(),
         created=now(),
     )

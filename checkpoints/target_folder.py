@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from spmd_infer.checkpoints.remote import is_remote, url_of
+from spmd_infer.checkpoints.remote_target import clear, refuse_existing, remote_lock, staging_folder, upload
 from spmd_infer.errors import CheckpointError
 
 
@@ -42,6 +44,10 @@ def new_folder(target: Path, what: str, *, overwrite: bool = False, resumable: b
         CheckpointError: the target exists, another process is making it, or writing failed. A checkpoint that was there
             before is then as it was.
     """
+    if is_remote(target):
+        with _new_remote(url_of(target), what, overwrite, resumable) as work:
+            yield work
+        return
     target = target.absolute()
     with locked(target, what), described(target, what, work_folder(target) if resumable else None):
         _restore(target)
@@ -59,6 +65,33 @@ def new_folder(target: Path, what: str, *, overwrite: bool = False, resumable: b
                 shutil.rmtree(work, ignore_errors=True)
             raise
         replace(work, target)
+
+
+@contextmanager
+def _new_remote(url: str, what: str, overwrite: bool, resumable: bool) -> Iterator[Path]:
+    work = staging_folder(url)
+    work.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(work, what), described(work, what), remote_lock(url, what) as store:
+        refuse_existing(store, url)
+        if overwrite:
+            raise CheckpointError(f"{url}: in an object store nothing can be overwritten in one step; delete it first")
+        if work.exists() and not resumable:
+            clear(work)
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+            upload(work, store, url, what)
+        except BaseException:
+            if not resumable:
+                clear(work)
+            raise
+        clear(work)
+
+
+def work_parent(target: Path) -> Path:
+    """The nearest folder that is there, on the disk that a target is made on."""
+    place = staging_folder(url_of(target)) if is_remote(target) else target.absolute()
+    return next(folder for folder in place.parents if folder.exists())
 
 
 def replace(work: Path, target: Path) -> None:
@@ -94,20 +127,52 @@ def described(target: Path, what: str, kept: Path | None = None) -> Iterator[Non
 
 
 @contextmanager
-def locked(target: Path, what: str) -> Iterator[None]:
+def locked(target: Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of a target.
+
+    Args:
+        target: what is locked; it need not exist.
+        what: what is being done.
+        patience: seconds to wait for another holder.
 
     Raises:
         CheckpointError: another process holds it; says which.
     """
-    path = target.with_name(f".{target.name}.lock")
+    path = _lock_file(target)
+    give_up = time.monotonic() + patience
     with described(target, what):
-        descriptor = _take(path, target, what)
+        while True:
+            try:
+                descriptor = _take(path, target, what)
+                break
+            except CheckpointError:
+                if time.monotonic() >= give_up:
+                    raise
+                time.sleep(0.05)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_locked(target: Path) -> bool:
+    """Whether anybody holds the lock of a target."""
+    try:
+        descriptor = os.open(_lock_file(target), os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 def _take(path: Path, target: Path, what: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, pieces, whole
-from spmd_infer.checkpoints.digests import BLOCK_BYTES, Kind
-from spmd_infer.checkpoints.file_bytes import Scratch
+from spmd_infer.checkpoints.digests import Kind
+from spmd_infer.checkpoints.file_bytes import FileBytes, Scratch
 from spmd_infer.checkpoints.manifest import DTYPES, ArrayEntry, Chunk
-from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.native_reader import NativeReader, chunk_blocks
 from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader, TensorInfo, takes_whole
 from spmd_infer.errors import CheckpointError
@@ -61,7 +61,7 @@ def verify(
         advance: called with the bytes of each tensor when it has been checked.
     """
     if isinstance(reader, NativeReader):
-        problems = verify_native(reader, values=True, advance=advance)
+        problems = verify_native(reader, advance=advance)
         return [*problems, *_dtype_problems(reader, dtype)]
     problems = []
     for info in reader.tensors.values():
@@ -76,53 +76,67 @@ def _dtype_problems(reader: Reader, dtype: str | None) -> Iterator[Problem]:
             yield Problem(info.file, info.name, f"{info}; expected {dtype}", kind="dtype")
 
 
-def verify_native(
-    reader: NativeReader,
+def verify_native(reader: NativeReader, *, advance: Callable[[int], None] = lambda count: None) -> list[Problem]:
+    """Chunks of a native checkpoint whose bytes do not match their SHA-256, and numbers that are not finite.
+
+    Of a quantised tensor, the numbers are what is stored of it.
+    """
+    owners = {part: name for name, entry in reader.manifest.quantised.items() for part in (entry.values, entry.scales)}
+    problems, wrong = verify_chunks(reader.manifest.arrays, reader.files, values=True, advance=advance)
+    for name, places in wrong.items():
+        info = reader.tensors[owners.get(name, name)]
+        problems.append(_values_problem(info, sum(count for count, _ in places), min(place for _, place in places)))
+    return problems
+
+
+NotFinite = dict[str, list[tuple[int, tuple[int, ...]]]]
+"""For each array with numbers that are not finite: how many there are in a block, and where its first one is."""
+
+
+def verify_chunks(
+    arrays: Mapping[str, ArrayEntry],
+    files: Sequence[FileBytes],
     *,
     digest: Kind = "sha256",
     values: bool = False,
     advance: Callable[[int], None] = lambda count: None,
-) -> list[Problem]:
-    """Chunks of a native checkpoint whose bytes do not match their digests, in several threads.
+) -> tuple[list[Problem], NotFinite]:
+    """Compare the bytes of every chunk with one of its digests, in several threads.
 
     Args:
-        reader: the open checkpoint.
-        digest: which of the digests.
-        values: also look for numbers that are not finite; in a quantised tensor, among what is stored of it.
+        arrays: the arrays.
+        files: their data files.
+        digest: which digest.
+        values: also look for numbers that are not finite, where the bytes are right.
         advance: called with the bytes of each array when it has been checked.
     """
     problems: list[Problem] = []
+    wrong: NotFinite = {}
     scratch = Scratch()
-    owners = {part: name for name, entry in reader.manifest.quantised.items() for part in (entry.values, entry.scales)}
 
-    def check(name: str, chunk: Chunk, wrong: list[tuple[int, tuple[int, ...]]]) -> None:
-        block_memory = scratch.take((BLOCK_BYTES,), np.uint8)
-        dtype = DTYPES[reader.manifest.arrays[name].dtype]
+    def check(name: str, chunk: Chunk) -> None:
+        dtype = DTYPES[arrays[name].dtype]
         look = values and _may_be_infinite(dtype)
+        kind: Kind = digest if chunk.blake3 else "sha256"
         here = []
         try:
-            for start, block in reader.chunk_blocks(name, chunk, digest if chunk.blake3 else "sha256", block_memory):
+            memory = scratch.take((files[chunk.file].block_bytes,), np.uint8)
+            for start, block in chunk_blocks(files[chunk.file], name, chunk, kind, memory):
                 found = _not_finite(block.view(dtype)) if look else None
                 if found is not None:
                     here.append((found[0], _place(chunk.box, start // dtype.itemsize + found[1])))
         except CheckpointError as error:
-            problems.append(Problem(reader.file_of(chunk), name, str(error), chunk.offset))
+            problems.append(Problem(files[chunk.file].path, name, str(error), chunk.offset))
         else:
-            wrong.extend(here)
-
-    def ended(name: str, nbytes: int, wrong: list[tuple[int, tuple[int, ...]]]) -> None:
-        if wrong:
-            info = reader.tensors[owners.get(name, name)]
-            problems.append(_values_problem(info, sum(count for count, _ in wrong), min(place for _, place in wrong)))
-        advance(nbytes)
+            if here:
+                wrong.setdefault(name, []).extend(here)
 
     with Pipeline(_BUDGET_BYTES, "checkpoint-verify") as line:
-        for name, entry in sorted(reader.manifest.arrays.items(), key=_begin_of):
-            wrong: list[tuple[int, tuple[int, ...]]] = []
+        for name, entry in sorted(arrays.items(), key=_begin_of):
             for chunk in entry.chunks:
-                line.run(chunk.nbytes, partial(check, name, chunk, wrong))
-            line.then(partial(ended, name, sum(chunk.nbytes for chunk in entry.chunks), wrong))
-    return problems
+                line.run(chunk.nbytes, partial(check, name, chunk))
+            line.then(partial(advance, sum(chunk.nbytes for chunk in entry.chunks)))
+    return problems, wrong
 
 
 def _begin_of(item: tuple[str, ArrayEntry]) -> tuple[int, int]:

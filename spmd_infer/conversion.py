@@ -24,6 +24,7 @@ from spmd_infer.checkpoints.mesh_boxes import MeshLayout, layers_of
 from spmd_infer.checkpoints.native_store import model_entry, store, stored_axes, stored_model
 from spmd_infer.checkpoints.reader import Reader
 from spmd_infer.checkpoints.safetensors_writer import store_hugging_face
+from spmd_infer.checkpoints.shares import Share
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.registry import sizes_of
@@ -83,8 +84,16 @@ class Conversion:
         """What it will take."""
         return plan_copy(self.reader, self.quantisation)
 
-    def run(self, target: Path, what: str, *, overwrite: bool = False, advance: Advance = lambda count: None) -> None:
-        """Do it; see ``native_store.store`` and ``safetensors_writer.store_hugging_face``."""
+    def run(
+        self,
+        target: Path,
+        what: str,
+        *,
+        overwrite: bool = False,
+        share: Share | None = None,
+        advance: Advance = lambda count: None,
+    ) -> None:
+        """Do it, or one process's share of it; see ``native_store.store`` and ``store_hugging_face``."""
         if self.to == "huggingface":
             store_hugging_face(self.reader, target, overwrite=overwrite, advance=advance)
             return
@@ -96,6 +105,7 @@ class Conversion:
             layout=self.layout,
             quantisation=self.quantisation,
             overwrite=overwrite,
+            share=share,
             what=what,
             advance=advance,
         )

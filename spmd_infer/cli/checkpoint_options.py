@@ -1,38 +1,45 @@
-"""Options and figures that the verbs for checkpoints share."""
+"""Options that the verbs for checkpoints share, and the way that convert and reshard go."""
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 import time
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmd_infer.cli.options import note
+from spmd_infer.cli.options import VerifyLevel, note, print_json
 
 if TYPE_CHECKING:
     from spmd_infer.checkpoints import Reader
+    from spmd_infer.checkpoints.shares import Share
     from spmd_infer.conversion import Conversion
 
 Source = Annotated[str, typer.Argument(help="Checkpoint, or demo:NAME.", show_default=False)]
 Target = Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is whole.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")]
-Fast = Annotated[
-    str,
-    typer.Option(
-        "--verify",
-        help="How native checkpoints are checked while they are read: full, or fast (sizes and a sample).",
-        envvar="SPMD_INFER_VERIFY",
-    ),
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Try a part of it, say what all of it would take, and stop.")]
+
+
+class Qkv(StrEnum):
+    """What can be done to query, key and value projections."""
+
+    FUSE = "fuse"
+    SPLIT = "split"
+
+
+QkvOption = Annotated[
+    Qkv | None, typer.Option("--qkv", help="Join or separate query, key and value projections.", show_default=False)
 ]
 
-_PROBE_BYTES = 64 << 20
+_TRIAL_BYTES = 256 << 20
 
 
-def open_source(source: str, verify: str = "full") -> Reader:
+def open_source(source: str, verify: VerifyLevel = VerifyLevel.FULL) -> Reader:
     """Open a checkpoint or demo.
 
     Raises:
@@ -41,46 +48,84 @@ def open_source(source: str, verify: str = "full") -> Reader:
     from spmd_infer.checkpoints import open_checkpoint
     from spmd_infer.demo import PREFIX, demo_path
 
-    if verify not in ("full", "fast"):
-        raise typer.BadParameter(f"{verify!r} is neither full nor fast", param_hint="--verify")
-    return open_checkpoint(demo_path(source) if source.startswith(PREFIX) else source, verify=verify)  # type: ignore[arg-type]  # checked above
+    return open_checkpoint(demo_path(source) if source.startswith(PREFIX) else source, verify=verify.value)
 
 
-def measured_rates(folder: Path) -> dict[str, float]:
-    """Bytes per second that the disk writes and that one core digests, from a short trial in the target's folder."""
-    import hashlib
-    import tempfile
+def copy(
+    made: Conversion,
+    target: Path,
+    what: str,
+    *,
+    untold: str,
+    facts: dict[str, Any],
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    share: Share | None = None,
+) -> None:
+    """Say what a conversion takes and, unless that was all that was asked for, carry it out with progress.
 
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    block = os.urandom(1 << 20) * 4
-    begin = time.perf_counter()
-    digest = hashlib.sha256()
-    for _ in range(_PROBE_BYTES // len(block)):
-        digest.update(block)
-    digests = _PROBE_BYTES / (time.perf_counter() - begin)
-    begin = time.perf_counter()
-    with tempfile.TemporaryFile(dir=existing) as file:
-        for _ in range(_PROBE_BYTES // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"write": _PROBE_BYTES / (time.perf_counter() - begin), "digest": digests}
+    Args:
+        made: the conversion.
+        target: the new folder.
+        what: what it is called in messages.
+        untold: how it is done where the model's family is not known.
+        facts: more for the JSON document.
+        dry_run: only say what it takes.
+        overwrite: replace what is there.
+        as_json: print one JSON document instead of text.
+        share: which of several processes this is.
+    """
+    if made.note and not as_json:
+        note(f"{untold}: {made.note}")
+    figures = prediction(made, target)
+    if dry_run:
+        figures["seconds"] = predicted_seconds(made, target)
+    if not as_json:
+        note(describe(figures))
+    if dry_run:
+        if as_json:
+            print_json(figures)
+        return
+    done = carry_out(made, target, what, overwrite=overwrite, quiet=as_json, share=share)
+    if as_json:
+        print_json({**done, **facts, "predicted": figures})
 
 
 def prediction(conversion: Conversion, target: Path) -> dict[str, Any]:
-    """What a conversion will take: memory, time and disk."""
-    plan, rates = conversion.plan, measured_rates(target)
-    existing = next(place for place in (target, *target.absolute().parents) if place.exists())
+    """What a conversion will take of memory and disk."""
+    from spmd_infer.checkpoints.target_folder import work_parent
+
+    plan = conversion.plan
     return {
         "tensors": plan.tensors,
         "read_bytes": plan.read_bytes,
         "disk_bytes": plan.write_bytes,
-        "free_bytes": shutil.disk_usage(existing).free,
+        "free_bytes": shutil.disk_usage(work_parent(target)).free,
         "largest_tensor_bytes": plan.largest_bytes,
         "peak_memory_bytes": plan.peak_bytes,
-        # The source's pages may be cached or not: its disk is taken to be as fast as the target's.
-        "seconds": plan.seconds(rates["digest"], min(rates["write"], rates["digest"]), rates["digest"]),
     }
+
+
+def predicted_seconds(conversion: Conversion, target: Path) -> float:
+    """How long a conversion will take, from doing the same with a few of its tensors, now and in the same folders."""
+    from spmd_infer.checkpoints.derived import DerivedReader, same
+    from spmd_infer.checkpoints.target_folder import work_parent
+
+    tensors = conversion.reader.tensors
+    chosen, nbytes = [], 0
+    # Large tensors show the rate, but not ones so large that the trial takes long.
+    for name in sorted(tensors, key=lambda name: (tensors[name].nbytes > _TRIAL_BYTES, -tensors[name].nbytes)):
+        if nbytes and nbytes + tensors[name].nbytes > _TRIAL_BYTES:
+            continue
+        chosen.append(name)
+        nbytes += tensors[name].nbytes
+    part = DerivedReader(conversion.reader, {name: same(conversion.reader, name) for name in tensors if name in chosen})
+    with tempfile.TemporaryDirectory(prefix=".spmd-infer-trial-", dir=work_parent(target)) as folder:
+        begin = time.perf_counter()
+        replace(conversion, reader=part).run(Path(folder) / "trial", "trial")
+        seconds = time.perf_counter() - begin
+    return seconds * sum(info.nbytes for info in tensors.values()) / max(1, nbytes)
 
 
 def describe(figures: dict[str, Any]) -> str:
@@ -91,21 +136,27 @@ def describe(figures: dict[str, Any]) -> str:
         f"{figures['tensors']} tensors, {size_text(figures['read_bytes'])} to read; takes "
         f"{size_text(figures['disk_bytes'])} of disk ({size_text(figures['free_bytes'])} free), at most "
         f"{size_text(figures['peak_memory_bytes'])} of memory (largest tensor "
-        f"{size_text(figures['largest_tensor_bytes'])}), about {figures['seconds']:.0f} s"
+        f"{size_text(figures['largest_tensor_bytes'])})"
+        + (f", about {figures['seconds']:.0f} s" if "seconds" in figures else "")
     )
 
 
-def carry_out(conversion: Conversion, target: Path, what: str, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
+def carry_out(
+    conversion: Conversion, target: Path, what: str, *, overwrite: bool, quiet: bool, share: Share | None = None
+) -> dict[str, Any]:
     """Run a conversion with progress; returns its figures."""
     from spmd_infer.progress import progress
 
     plan = conversion.plan
+    parts = share.count if share else 1
     begin = time.perf_counter()
-    with progress(what, plan.read_bytes + plan.write_bytes, quiet=quiet, unit="B") as advance:
-        conversion.run(target, what, overwrite=overwrite, advance=advance)
+    with progress(what, (plan.read_bytes + plan.write_bytes) // parts, quiet=quiet, unit="B") as advance:
+        conversion.run(target, what, overwrite=overwrite, share=share, advance=advance)
     seconds = time.perf_counter() - begin
     if not quiet:
+        whose = f"share {share.index} of {share.count} of " if share and share.index else ""
         note(
-            f"{target}: {plan.tensors} tensors, {plan.write_bytes / 1e6:.1f} MB, written and checked in {seconds:.1f} s"
+            f"{target}: {whose}{plan.tensors} tensors, {plan.write_bytes / 1e6:.1f} MB, written and checked in "
+            f"{seconds:.1f} s"
         )
     return {"written": str(target), "tensors": plan.tensors, "bytes": plan.write_bytes, "seconds": seconds}

@@ -8,18 +8,8 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import (
-    DryRun,
-    Fast,
-    Overwrite,
-    Source,
-    Target,
-    carry_out,
-    describe,
-    open_source,
-    prediction,
-)
-from spmd_infer.cli.options import Debug, Json, note, print_json
+from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy, open_source
+from spmd_infer.cli.options import Debug, Json, Verify, VerifyLevel
 
 
 class Format(StrEnum):
@@ -35,13 +25,6 @@ class Kind(StrEnum):
     INT8 = "int8"
     FP8 = "fp8"
     INT4 = "int4"
-
-
-class Qkv(StrEnum):
-    """What can be done to query, key and value projections."""
-
-    FUSE = "fuse"
-    SPLIT = "split"
 
 
 class Head(StrEnum):
@@ -69,13 +52,11 @@ def convert(
     lora: Annotated[
         Path | None, typer.Option(help="Folder of a PEFT adapter to merge into the weights.", show_default=False)
     ] = None,
-    qkv: Annotated[
-        Qkv | None, typer.Option(help="Join or separate query, key and value projections.", show_default=False)
-    ] = None,
+    qkv: QkvOption = None,
     head: Annotated[
         Head | None, typer.Option(help="Tie the output projection to the embedding, or untie it.", show_default=False)
     ] = None,
-    verify: Fast = "full",
+    verify: Verify = VerifyLevel.FULL,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -97,15 +78,13 @@ def convert(
         head.value if head else None,
     )
     made = prepare(open_source(source, verify), changes, to=to.value)
-    if made.note and not as_json:
-        note(f"tensors keep their names: {made.note}")
-    figures = prediction(made, target)
-    if not as_json:
-        note(describe(figures))
-    if dry_run:
-        if as_json:
-            print_json(figures)
-        return
-    done = carry_out(made, target, "convert", overwrite=overwrite, quiet=as_json)
-    if as_json:
-        print_json({**done, "format": to.value, "predicted": figures})
+    copy(
+        made,
+        target,
+        "convert",
+        untold="tensors keep their names",
+        facts={"format": to.value},
+        dry_run=dry_run,
+        overwrite=overwrite,
+        as_json=as_json,
+    )

@@ -6,18 +6,8 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import (
-    DryRun,
-    Fast,
-    Overwrite,
-    Source,
-    Target,
-    carry_out,
-    describe,
-    open_source,
-    prediction,
-)
-from spmd_infer.cli.options import Debug, Json, note, print_json
+from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy, open_source
+from spmd_infer.cli.options import Debug, Json, Verify, VerifyLevel
 
 
 def reshard(
@@ -28,10 +18,24 @@ def reshard(
         typer.Option(help="The mesh to cut for, as in data=2,model=8.", envvar="SPMD_INFER_MESH", show_default=False),
     ],
     hosts: Annotated[int, typer.Option(min=1, help="How many hosts the mesh is spread over.")] = 1,
-    qkv: Annotated[
-        str | None, typer.Option(help="fuse or split the query, key and value projections.", show_default=False)
-    ] = None,
-    verify: Fast = "full",
+    qkv: QkvOption = None,
+    process_id: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Which of --num-processes this is; they share the target's folder, and process 0 finishes it.",
+            envvar=["SPMD_INFER_PROCESS_ID", "JAX_PROCESS_ID"],
+        ),
+    ] = 0,
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many processes, on any hosts, run this command together.",
+            envvar=["SPMD_INFER_NUM_PROCESSES", "JAX_NUM_PROCESSES"],
+        ),
+    ] = 1,
+    verify: Verify = VerifyLevel.FULL,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -40,24 +44,23 @@ def reshard(
     """Cut a checkpoint for a mesh, each host's pieces in files of their own.
 
     Streams tensor by tensor, in little memory. A run that was killed is taken up by the next one. At the end everything
-    is read again and checked.
+    is read again and checked. With --num-processes, each process writes its share of the tensors; one that was killed
+    is started again with the same command.
     """
+    from spmd_infer.checkpoints.shares import Share
     from spmd_infer.conversion import Changes, prepare
     from spmd_infer.mesh import MeshSpec
 
-    if qkv not in (None, "fuse", "split"):
-        raise typer.BadParameter(f"{qkv!r} is neither fuse nor split", param_hint="--qkv")
     spec = MeshSpec.parse(mesh)
-    made = prepare(open_source(source, verify), Changes(qkv=qkv), mesh=spec, hosts=hosts)  # type: ignore[arg-type]  # checked above
-    if made.note and not as_json:
-        note(f"tensors are split by their shapes alone: {made.note}")
-    figures = prediction(made, target)
-    if not as_json:
-        note(describe(figures))
-    if dry_run:
-        if as_json:
-            print_json(figures)
-        return
-    done = carry_out(made, target, "reshard", overwrite=overwrite, quiet=as_json)
-    if as_json:
-        print_json({**done, "mesh": spec.shape, "hosts": hosts, "predicted": figures})
+    changes = Changes(qkv=qkv.value if qkv else None)
+    copy(
+        prepare(open_source(source, verify), changes, mesh=spec, hosts=hosts),
+        target,
+        "reshard",
+        untold="tensors are split by their shapes alone",
+        facts={"mesh": spec.shape, "hosts": hosts},
+        dry_run=dry_run,
+        overwrite=overwrite,
+        as_json=as_json,
+        share=Share(process_id, num_processes),
+    )
