@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import Mesh
 
 from spmd_infer.axes import BATCH, SEQ, current_scope
 from spmd_infer.errors import ModelError
@@ -188,7 +189,7 @@ def _product(x: jax.Array, weight: jax.Array, sums: jax.typing.DTypeLike) -> jax
 
 def _repeats(x: jax.Array, weight: jax.Array) -> int:
     """How often a single row is repeated: see ``_SINGLE_ROW``."""
-    if weight.dtype == jnp.float32 or _platform() != "cpu":
+    if weight.dtype == jnp.float32 or _device().platform != "cpu":
         return 1
     rows = prod(x.shape[:-1])
     scope = current_scope()
@@ -199,16 +200,16 @@ def _repeats(x: jax.Array, weight: jax.Array) -> int:
     return _SINGLE_ROW if rows == 1 else 1
 
 
-def _platform() -> str:
-    """Where the product that is being traced will run."""
+def _device() -> jax.Device:
+    """A device like those that will run the product which is being traced."""
     scope = current_scope()
-    return str(scope[1].devices.flat[0].platform) if scope is not None else jax.default_backend()
+    mesh = scope[1] if scope is not None else None
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]  # pipelines' meshes are abstract
 
 
 def _multiplies_float8() -> bool:
     """Whether the devices multiply float8 operands: NVIDIA's from Ada and Hopper on."""
-    scope = current_scope()
-    device = scope[1].devices.flat[0] if scope is not None else jax.local_devices()[0]
+    device = _device()
     capability = str(getattr(device, "compute_capability", "0"))
     major, _, minor = capability.partition(".")
     return bool(device.platform == "gpu" and major.isdecimal() and (int(major), int(minor or 0)) >= (8, 9))

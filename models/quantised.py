@@ -26,6 +26,7 @@ from spmd_infer.models.dense import FP8, INT4, INT8, fitting_group, quantise_wei
 from spmd_infer.models.layers import Embedding, Linear
 from spmd_infer.tensors import Axes
 
+FORMATS = (INT8, FP8, INT4)
 SCALE_END = "_scale"
 _GROUP = 64
 _ROTATIONS = (64, 16)
@@ -54,7 +55,7 @@ class WeightFormat:
             ModelError: it is none of these.
         """
         kind, colon, size = text.partition(":")
-        if kind not in (INT8, FP8, INT4) or (colon and kind != INT4):
+        if kind not in FORMATS or (colon and kind != INT4):
             raise ModelError(
                 f"weights cannot be quantised to {text!r}; use int8, fp8, int4, or int4:32 for groups of 32"
             )

@@ -8,6 +8,7 @@ buckets, run, cut back to its rows and put together. ``jit`` compiles other func
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from spmd_infer.aggregate import Aggregate
 from spmd_infer.axes import AxisRules
 from spmd_infer.batching import Buckets
 from spmd_infer.ensemble import ensemble
-from spmd_infer.errors import TaskError
+from spmd_infer.errors import CheckpointError, TaskError
 from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
 from spmd_infer.model_program import model_program, placed_by
@@ -114,6 +115,7 @@ class Engine:
         buckets: Sequence[int] | None = None,
         rules: AxisRules | None = None,
         verify: Literal["full", "fast", "off"] = "full",
+        quantize: str | None = None,
     ) -> Engine:
         """Read a checkpoint of a zoo model straight onto a mesh.
 
@@ -128,18 +130,21 @@ class Engine:
             rules: as for ``Engine``.
             verify: for native checkpoints, which carry digests: ``"full"`` compares all that is read with them,
                 ``"fast"`` only sizes and a sample, ``"off"`` only sizes.
+            quantize: hold the weights of projections and of the head as ``"int8"``, ``"fp8"``, ``"int4"`` or
+                ``"int4:GROUP"``, made so one by one as they are read. The others are in ``dtype``, by default float32
+                on CPU and bfloat16 elsewhere.
 
         Raises:
             CheckpointError: the checkpoint is damaged or incomplete.
-            ModelError: no model family answers to it.
+            ModelError: no model family answers to it, or the format is unknown.
             DoesNotFitError: the devices have too little memory; nothing has been read then.
         """
-        from spmd_infer.checkpoints import load_onto
+        from spmd_infer.quantised_loading import load_weights
 
-        opened = open_model(path, dtype, platform=platform_of(mesh), verify=verify)
+        opened = open_model(path, dtype, platform=platform_of(mesh), verify=verify, quantize=quantize)
         function, plan, built = _resolve(mesh, opened.model, opened.inputs, workload, rules, opened)
         abstract = own_layouts(function, plan.weights, built)
-        loaded = load_onto(opened.reader, {path: opened.table[path] for path in abstract}, abstract)
+        loaded = load_weights(opened, abstract)
         engine = cls.__new__(cls)
         placement = Placement(function, plan, built, dict(stacked(function, plan.weights, built, loaded)))
         engine._set_up(placement, Signature(opened.inputs), buckets, rules, workload, opened)
@@ -180,12 +185,17 @@ class Engine:
         In a job of several processes all of them call this; each writes what its own devices hold.
 
         Raises:
-            CheckpointError: the path exists and may not be overwritten, another process saves there, or it cannot be
-                written. What was there before is then as it was.
+            CheckpointError: the weights were quantised at load; the path exists and may not be overwritten, another
+                process saves there, or it cannot be written. What was there before is then as it was.
         """
         from spmd_infer.checkpoints import save
         from spmd_infer.conversion import entry_of
 
+        if self._opened is not None and self._opened.weight_format is not None:
+            raise CheckpointError(
+                f"these weights were made {self._opened.weight_format} while they were read, and are not saved so; "
+                "save them from an engine without quantize, or use spmd-infer convert --quantize"
+            )
         model = entry_of(self.family, self.config, self.reader) if self.family and self.config else None
         own = unstacked(self._placement.model, self.params)
         save(own, path, axes=base_axes(self._placement.model), model=model, source=self.reader, overwrite=overwrite)
@@ -370,7 +380,9 @@ class Engine:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of most of the weights' bytes."""
+        """The dtype that a zoo model computes in; of other models the dtype of most of the weights' bytes."""
+        if self._opened is not None:
+            return self._opened.dtype
         sizes: dict[Any, int] = {}
         for weight in self.params.values():
             sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.nbytes
@@ -425,4 +437,7 @@ def _resolve(
     traffic = opened.workload(workload or Workload())
     phases, units = opened.phases(traffic), opened.config.axis_units()
     shallow = opened.shallow(traffic)
-    return resolve_stages(mesh, PlanRequest(model, inputs, traffic, rules, phases, units, shallow))
+    request = PlanRequest(model, inputs, traffic, rules, phases, units, shallow)
+    function, plan, built = resolve_stages(mesh, request)
+    notes = tuple(note for note in opened.notes if note not in plan.notes)
+    return function, replace(plan, notes=(*plan.notes, *notes)), built

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
 from spmd_infer.models.phases import Phase
+from spmd_infer.models.quantised import SCALE_END, WeightFormat, quantised
 from spmd_infer.models.registry import ModelConfig, family_named
 from spmd_infer.planning.traces import Shallow
-from spmd_infer.planning.tracing import compute_dtype
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import InputSpec, Source
 
@@ -38,12 +39,27 @@ class DescribedModel:
         config: its sizes.
         model: the model with abstract parameters in the dtypes that they will have.
         inputs: what the model takes.
+        dtype: the floating-point dtype that it computes in.
+        weight_format: how its projections hold their weights; None for floats.
+        formats: likewise, of each weight that is quantised.
     """
 
     family: Family
     config: ModelConfig
     model: ModelFunction
     inputs: dict[str, InputSpec]
+    dtype: Any
+    weight_format: WeightFormat | None = None
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a plan should say of the weights' format."""
+        if not self.formats:
+            return ()
+        kinds = Counter(weight_format.kind for weight_format in self.formats.values())
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return (f"quantised weights: {said} with float32 scales; the others {self.dtype}",)
 
     def workload(self, traffic: Workload) -> Workload:
         """The traffic with rows no longer than this model takes."""
@@ -55,8 +71,7 @@ class DescribedModel:
 
     def phases(self, traffic: Workload) -> tuple[Phase, ...]:
         """The kinds of steps that this model takes for such traffic; none where it takes one."""
-        dtype = compute_dtype(max(self.model.params.values(), key=lambda p: p.size).dtype)
-        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, dtype)
+        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, self.dtype)
 
     def shallow(self, traffic: Workload) -> Shallow | None:
         """The same model with few layers, where it has so many that tracing all of them takes long."""
@@ -66,12 +81,16 @@ class DescribedModel:
 
         def cut(num_layers: int) -> tuple[ModelFunction, dict[str, Any]]:
             config: Any = replace(self.config, num_layers=num_layers)  # type: ignore[type-var]  # every Config is one
-            model = model_function(self.family.abstract(config))
+            model, _ = _abstract(self.family, config, self.weight_format, self.dtype)
             params = {
                 path: jax.ShapeDtypeStruct(p.shape, self.model.params[path].dtype) for path, p in model.params.items()
             }
             part = DescribedModel(
-                family=self.family, config=config, model=model.with_params(params), inputs=self.inputs
+                family=self.family,
+                config=config,
+                model=model.with_params(params),
+                inputs=self.inputs,
+                dtype=self.dtype,
             )
             return part.model, {phase.name: phase.inputs for phase in part.phases(traffic)} or {"infer": self.inputs}
 
@@ -91,28 +110,61 @@ class OpenedModel(DescribedModel):
     table: dict[str, Source]
 
 
-def describe_model(config: Mapping[str, Any], dtype: Any = None) -> DescribedModel:
+def _abstract(
+    family: Family, config: ModelConfig, weight_format: WeightFormat | None, dtype: Any
+) -> tuple[ModelFunction, Mapping[str, WeightFormat]]:
+    """A family's model without weights, its projections quantised if they are to be, and the format of each."""
+    module = family.abstract(config)
+    formats = quantised(module, weight_format, dtype) if weight_format is not None else {}
+    return model_function(module), formats
+
+
+def describe_model(config: Mapping[str, Any], dtype: Any = None, quantize: str | None = None) -> DescribedModel:
     """The model that a configuration describes.
 
     Args:
         config: the keys of a Hugging Face ``config.json``.
-        dtype: of the weights; default ``torch_dtype`` of the configuration, else bfloat16. ``int8`` stands for weights
-            of one byte that are computed with in bfloat16.
+        dtype: of the weights; default ``torch_dtype`` of the configuration, else bfloat16.
+        quantize: as for ``open_model``.
 
     Raises:
-        ModelError: no family answers to it, or the dtype is unknown.
+        ModelError: no family answers to it, or the dtype or format is unknown.
     """
     named = next(iter(config.get("architectures") or []), config.get("model_type"))
     family, _ = find_family(named, {})
     sizes = family.config_from_hf(config)
-    model = model_function(family.abstract(sizes))
     said = dtype if dtype is not None else config.get("dtype", config.get("torch_dtype", "bfloat16"))
-    wanted = jnp.dtype(jnp.int8) if str(said) == "int8" else floating_dtype(said)
-    params = {path: jax.ShapeDtypeStruct(value.shape, wanted) for path, value in model.params.items()}
-    return DescribedModel(family=family, config=sizes, model=model.with_params(params), inputs=family.input_spec(sizes))
+    wanted = floating_dtype(said)
+    weight_format = WeightFormat.parse(quantize) if quantize is not None else None
+    model, formats = _abstract(family, sizes, weight_format, wanted)
+    params = {
+        path: value if _of_quantised(path, formats) else jax.ShapeDtypeStruct(value.shape, wanted)
+        for path, value in model.params.items()
+    }
+    return DescribedModel(
+        family=family,
+        config=sizes,
+        model=model.with_params(params),
+        inputs=family.input_spec(sizes),
+        dtype=wanted,
+        weight_format=weight_format,
+        formats=formats,
+    )
 
 
-def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", verify: Verify = "full") -> OpenedModel:
+def _of_quantised(path: str, formats: Mapping[str, WeightFormat]) -> bool:
+    """Whether a parameter is a quantised weight or the scales of one."""
+    return path in formats or path.removesuffix(SCALE_END) in formats
+
+
+def open_model(
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    platform: str = "cpu",
+    verify: Verify = "full",
+    quantize: str | None = None,
+) -> OpenedModel:
     """Open a checkpoint and find its model.
 
     Args:
@@ -122,18 +174,23 @@ def open_model(path: str | Path, dtype: Any = None, *, platform: str = "cpu", ve
             quantised ones become float32 on CPU and bfloat16 elsewhere.
         platform: where the weights will live.
         verify: as for ``open_checkpoint``.
+        quantize: hold the projections' weights as ``int8``, ``fp8``, ``int4`` or ``int4:GROUP``; see
+            ``spmd_infer.models.quantised``. All other weights are then loaded in ``dtype``, by default float32 on CPU
+            and bfloat16 elsewhere.
 
     Raises:
         CheckpointError: the file is damaged, or is not a checkpoint.
-        ModelError: no family answers to it, or the dtype is not a floating-point one.
+        ModelError: no family answers to it, the dtype is not a floating-point one, or the format is unknown.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
     named = demo_path(path) if isinstance(path, str) and path.startswith(PREFIX) else path
     reader = open_checkpoint(named, verify=verify)
-    return match_model(reader, wanted, platform=platform)
+    return match_model(reader, wanted, platform=platform, quantize=quantize)
 
 
-def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") -> OpenedModel:
+def match_model(
+    reader: Reader, wanted: Any = None, *, platform: str = "cpu", quantize: str | None = None
+) -> OpenedModel:
     """Find the model of an open checkpoint; arguments and errors as for ``open_model``."""
     shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
     stored = stored_model(reader)
@@ -145,30 +202,34 @@ def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") ->
         family, config = find_family(reader.architecture, shapes)
     if config is None:
         config = family.config_from_hf(reader.config)
-    model = model_function(family.abstract(config))
+    default = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    weight_format = WeightFormat.parse(quantize) if quantize is not None else None
+    if weight_format is not None and wanted is None:
+        wanted = default
+    model, formats = _abstract(family, config, weight_format, wanted)
+    read = [name for name in model.params if name.removesuffix(SCALE_END) not in formats or name in formats]
     if stored is not None and stored.family is not None:
-        table = {name: Source(name) for name in model.params}
+        table = {name: Source(name) for name in read}
     else:
         # A native checkpoint of no family keeps the names that its source had.
         said = stored.names if stored is not None else reader.stored
         table = family.name_table(config, said)
-    unsourced = sorted(model.params.keys() - table.keys())
+    unsourced = sorted(set(read) - table.keys())
     if unsourced:
         raise CheckpointError(
             f"{reader.path}: the {family.name} name table has no entry for {len(unsourced)} weights, "
             f"such as {unsourced[0]}"
         )
-    quantised = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
 
     def loaded_dtype(name: str, own: Any) -> Any:
-        if not jnp.issubdtype(own, jnp.floating):
+        if not jnp.issubdtype(own, jnp.floating) or _of_quantised(name, formats):
             return own
         if wanted is not None:
             return wanted
         info = reader.tensors.get(table[name].name)
         if info is None:
             return own  # the loader names it with all others that are missing
-        return quantised if info.nbytes < info.size * info.dtype.itemsize else info.dtype
+        return default if info.nbytes < info.size * info.dtype.itemsize else info.dtype
 
     params = {
         name: jax.ShapeDtypeStruct(value.shape, loaded_dtype(name, value.dtype)) for name, value in model.params.items()
@@ -178,8 +239,11 @@ def match_model(reader: Reader, wanted: Any = None, *, platform: str = "cpu") ->
         config=config,
         model=model.with_params(params),
         inputs=family.input_spec(config),
+        dtype=wanted or max(params.values(), key=lambda p: p.size).dtype,
+        weight_format=weight_format,
+        formats=formats,
         reader=reader,
-        table={name: table[name] for name in params},
+        table={name: table[name] for name in read},
     )
 
 

@@ -13,6 +13,7 @@ from spmd_infer.axes import SEQ, AxisRules
 from spmd_infer.errors import CheckpointError
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.models.quantised import FORMATS
 from spmd_infer.opening import DescribedModel, describe_model, open_model
 from spmd_infer.planning import known_models
 from spmd_infer.planning.hardware import Cluster, found_cluster, parse_cluster
@@ -55,7 +56,7 @@ def plan(
         ttft_limit: seconds to the first token that no plan may exceed.
         itl_limit: seconds between tokens that no plan may exceed.
         mesh: ``"auto"``, or a mesh to judge.
-        dtype: as for ``Engine.load``; ``int8`` for weights of one byte in models planned from a configuration.
+        dtype: as for ``Engine.load``; or ``int8``, ``fp8``, ``int4`` for quantised projections, as its ``quantize``.
         example: a batch of a model of your own, from which its inputs are learnt.
         inputs: a pytree of ``InputSpec`` instead.
         rules: where logical axes go.
@@ -88,9 +89,10 @@ def plan(
             units=dict(described.config.axis_units()),
             shallow=described.shallow(workload),
         )
+        notes = (*plan_.notes, *described.notes)
         if known is not None and "approximation" in known:
-            return replace(plan_, notes=(*plan_.notes, f"approximation: {known['approximation']}"))
-        return plan_
+            notes += (f"approximation: {known['approximation']}",)
+        return replace(plan_, notes=notes)
     function = model_function(model, params)
     if example is not None and inputs is None:
         inputs = Signature.from_example(example).inputs
@@ -113,14 +115,17 @@ def _known(model: str | Path) -> dict[str, Any] | None:
 
 
 def _described(model: str | Path, known: dict[str, Any] | None, dtype: Any, cluster: Cluster) -> DescribedModel:
+    quantize = str(dtype) if str(dtype).partition(":")[0] in FORMATS else None
+    dtype = None if quantize is not None else dtype
     if known is not None:
-        return describe_model(known, dtype)
+        return describe_model(known, dtype, quantize)
     if Path(model).name == "config.json" and Path(model).is_file():
         try:
-            return describe_model(json.loads(Path(model).read_text("utf-8")), dtype)
+            return describe_model(json.loads(Path(model).read_text("utf-8")), dtype, quantize)
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{model} is not a model's configuration: {error}") from error
-    return open_model(model, dtype, platform="cpu" if cluster.device.shared else cluster.device.name)
+    platform = "cpu" if cluster.device.shared else cluster.device.name
+    return open_model(model, dtype, platform=platform, quantize=quantize)
 
 
 def _cluster(devices: str | int | Cluster | None, hosts: int | None) -> Cluster:

@@ -16,6 +16,7 @@ from spmd_infer.cli.options import (
     Json,
     Mesh,
     Model,
+    Quantize,
     Verify,
     VerifyLevel,
     load,
@@ -54,13 +55,14 @@ def generate(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue prompts; one prompt streams as it is written."""
     found = read_texts(prompts, file, "prompts")
-    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quantize=quantize, quiet=as_json)
     from spmd_infer import SamplingParams
 
     params = SamplingParams(

@@ -15,6 +15,7 @@ from spmd_infer.cli.options import (
     Json,
     Mesh,
     Model,
+    Quantize,
     Verify,
     VerifyLevel,
     load,
@@ -34,12 +35,13 @@ def classify(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Name what pictures show, best guess first."""
-    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quantize=quantize, quiet=as_json)
     begin = time.perf_counter()
     answers = engine.classify(images, top=top)
     seconds = time.perf_counter() - begin

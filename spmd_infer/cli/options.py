@@ -50,6 +50,15 @@ Dtype = Annotated[
     ),
 ]
 
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Hold weights of projections as int8, fp8, int4 or, with the size of groups, int4:32.",
+        envvar="SPMD_INFER_QUANTIZE",
+        show_default=False,
+    ),
+]
+
 
 class VerifyLevel(StrEnum):
     """How a native checkpoint is checked while it is read."""
@@ -101,12 +110,13 @@ def load(
     dtype: str | None,
     *,
     verify: VerifyLevel = VerifyLevel.FULL,
+    quantize: str | None = None,
     quiet: bool,
 ) -> Engine:
     """Load an engine and say on standard error, unless ``quiet``, what it is and how it lies on the devices.
 
     Raises:
-        SpmdInferError: the checkpoint, mesh or dtype cannot be used.
+        SpmdInferError: the checkpoint, mesh, dtype or format cannot be used.
     """
     begin = time.perf_counter()
     use_devices(devices)
@@ -114,7 +124,7 @@ def load(
     from spmd_infer.engine import Engine
 
     use_compile_cache()
-    engine = Engine.load(model, mesh=mesh, dtype=dtype, verify=verify.value)
+    engine = Engine.load(model, mesh=mesh, dtype=dtype, verify=verify.value, quantize=quantize)
     if not quiet:
         note(
             f"{model} on mesh {engine.plan.mesh} of {engine.plan.cluster}, {time.perf_counter() - begin:.1f} s to load"

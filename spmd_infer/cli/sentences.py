@@ -15,6 +15,7 @@ from spmd_infer.cli.options import (
     Json,
     Mesh,
     Model,
+    Quantize,
     Verify,
     VerifyLevel,
     load,
@@ -48,6 +49,7 @@ def embed(
     mesh: Mesh = "auto",
     devices: Devices = None,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
@@ -59,7 +61,7 @@ def embed(
     if output is not None and output.suffix != ".npz":
         raise typer.BadParameter(f"{output} must end in .npz", param_hint="--output")
     found = read_texts(texts, file, "texts")
-    engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
+    engine = load(model, mesh, devices, dtype, verify=verify, quantize=quantize, quiet=as_json)
     begin = time.perf_counter()
     vectors = engine.embed(found if query is None else [query, *found])
     seconds = time.perf_counter() - begin

@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 from spmd_infer.axes import marked_axes, recorded_constraints
@@ -18,11 +16,6 @@ from spmd_infer.planning.primitives import PRODUCTS, is_flattened, labels_of, mu
 from spmd_infer.planning.work import Labels, Product, Reduction, Relabel, Value, Work, given_up, merged, weight_label
 
 _SAME_VALUES = frozenset({"reshape", "squeeze", "convert_element_type", "copy", "transpose"})
-
-
-def compute_dtype(dtype: Any) -> Any:
-    """The dtype that a model with weights of this dtype computes in: bfloat16 for weights of one byte."""
-    return np.dtype(jnp.bfloat16) if jnp.dtype(dtype).itemsize == 1 else dtype
 
 
 def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) -> Work:
