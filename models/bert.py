@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, BATCH, EMBED, HEAD_DIM, HEADS, KEY_SEQ, MLP, SEQ, constrain
+from spmd_infer.axes import ATTN_HEADS, BATCH, EMBED, HEADS, MLP, SEQ, constrain
 from spmd_infer.errors import ModelError
 from spmd_infer.models.attention import segment_attention
+from spmd_infer.models.heads import keys_in, mixed_out, queries_in
 from spmd_infer.models.layers import Embedding, LayerNorm, Linear
 from spmd_infer.models.pipeline import run_layers
 from spmd_infer.tensors import InputSpec, Source
@@ -141,13 +142,12 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
         """Attend over ``x [B, T, D]`` within ``segments [B, T]``, in float32 scores; returns ``[B, T, D]``."""
 
-        def heads(projection: Linear, seq: str) -> jax.Array:
-            split = projection(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            return constrain(split, ATTN_BATCH, seq, ATTN_HEADS, HEAD_DIM)  # [B, T, N, H]
+        def heads(projection: Linear) -> jax.Array:
+            return projection(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)  # [B, T, N, H]
 
-        query, key, value = heads(self.query, SEQ), heads(self.key, KEY_SEQ), heads(self.value, KEY_SEQ)
-        mixed = constrain(segment_attention(query, key, value, segments), ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
-        return constrain(mixed, BATCH, SEQ, HEADS, HEAD_DIM).reshape(x.shape)
+        query = queries_in(heads(self.query))
+        key, value = (keys_in(heads(projection), HEADS, ATTN_HEADS) for projection in (self.key, self.value))
+        return mixed_out(segment_attention(query, key, value, segments)).reshape(x.shape)
 
 
 class Output(nnx.Module):

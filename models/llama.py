@@ -25,14 +25,11 @@ import numpy.typing as npt
 from flax import nnx
 
 from spmd_infer.axes import (
-    ATTN_BATCH,
     ATTN_HEADS,
     ATTN_KV_HEADS,
     BATCH,
     EMBED,
-    HEAD_DIM,
     HEADS,
-    KEY_SEQ,
     KV_HEADS,
     MLP,
     SEQ,
@@ -41,6 +38,7 @@ from spmd_infer.axes import (
 )
 from spmd_infer.errors import ModelError
 from spmd_infer.models.attention import LayerCache, causal_attention
+from spmd_infer.models.heads import keys_in, mixed_out, queries_in
 from spmd_infer.models.layers import Embedding, Linear, RMSNorm
 from spmd_infer.models.pipeline import Stages
 from spmd_infer.tensors import InputSpec, Source
@@ -220,15 +218,12 @@ class Attention(nnx.Module):
         queries = _rotate(self.q_proj(x).reshape(batch, length, -1, self.head_dim), *angles)  # [B, T, N, H]
         keys = _rotate(self.k_proj(x).reshape(batch, length, -1, self.head_dim), *angles)  # [B, T, K, H]
         values = self.v_proj(x).reshape(batch, length, -1, self.head_dim)
-        queries = constrain(queries, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
-        keys = constrain(keys, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
-        values = constrain(values, ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
+        queries, keys, values = queries_in(queries), keys_in(keys), keys_in(values)
         if cache is None:
             mixed = causal_attention(queries, keys, values)
         else:
             mixed, cache = cache.attend(queries, keys, values, positions)
-        mixed = constrain(constrain(mixed, ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM), BATCH, SEQ, HEADS, HEAD_DIM)
-        return self.o_proj(mixed.reshape(batch, length, -1)), cache
+        return self.o_proj(mixed_out(mixed).reshape(batch, length, -1)), cache
 
 
 class FeedForward(nnx.Module):
