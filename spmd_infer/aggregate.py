@@ -189,10 +189,15 @@ class Min(_Extreme):
         super().__init__(largest=False)
 
 
+def _joined(*parts: Any) -> Any:
+    """One array; on the devices where the parts are."""
+    return (jnp if isinstance(parts[0], jax.Array) else np).concatenate(parts)
+
+
 def together(pieces: list[Any], reduce: Aggregate | None) -> Any:
     """One result from those of the micro-batches of one batch: their rows in order, or their partials merged."""
     if reduce is None:
-        return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+        return pieces[0] if len(pieces) == 1 else jax.tree.map(_joined, *pieces)
 
     def finish(*parts: Partial) -> Any:
         total = parts[0]

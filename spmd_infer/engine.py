@@ -31,11 +31,12 @@ from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.resolve import MeshLike, PlanRequest, platform_of
 from spmd_infer.planning.workload import Workload
 from spmd_infer.programs import Program, Programs
-from spmd_infer.runner import BatchRunner
+from spmd_infer.runner import BatchRunner, Results
 from spmd_infer.signature import Signature
 from spmd_infer.staging import base_axes, base_function
 from spmd_infer.task_table import find_task
 from spmd_infer.tensors import Axes
+from spmd_infer.transfer import put
 
 if TYPE_CHECKING:
     from spmd_infer.checkpoints import Reader
@@ -99,6 +100,11 @@ class Engine:
         self._asked_buckets = buckets
         self._runner = BatchRunner(self._programs, signature, self._make_buckets())
         self._tasks: dict[str, Any] = {}
+        if placement.mesh.is_multi_process:
+            from spmd_infer.multihost.fingerprint import agree, of_engine
+            from spmd_infer.multihost.job import this_job
+
+            agree(this_job(), "the engine", of_engine(self))
 
     def _make_buckets(self) -> Buckets:
         asked, parts = self._asked_buckets, self.data_parts
@@ -225,13 +231,18 @@ class Engine:
         parts = [model_function(model, params, call_kwargs=call_kwargs) for params in members]
         return cls(ensemble(parts, aggregate), mesh=mesh, **options)
 
-    def infer(self, batch: Any, *, aggregate: Aggregate | Callable[[Any], Any] | None = None) -> Any:
+    def infer(
+        self, batch: Any, *, aggregate: Aggregate | Callable[[Any], Any] | None = None, results: Results = "all"
+    ) -> Any:
         """Run the model on a batch of any size.
 
         Args:
-            batch: a pytree of arrays, each with the rows as its first dimension.
+            batch: a pytree of arrays, each with the rows as its first dimension. In a job of several processes all of
+                them call this, and the batch is rank 0's; what the others give is not looked at, and may be None.
             aggregate: how the rows' results become one; default keeps every row. A callable gets the results of all
                 rows, on the host.
+            results: in a job of several processes, who gets them: ``"all"``, ``"first"`` for rank 0 (the others get
+                None), or ``"placed"`` for ``jax.Array`` that stay on the devices that computed them.
 
         Returns:
             The model's outputs, numpy arrays with the rows in the input's order. They may be read-only.
@@ -239,16 +250,23 @@ class Engine:
         Raises:
             BatchError: the batch is not what the model takes; the engine stays usable.
         """
-        return next(self._runner.run((batch,), aggregate))
+        (result,) = self.infer_stream((batch,), aggregate=aggregate, results=results)
+        return result
 
     def infer_stream(
-        self, batches: Iterable[Any], *, aggregate: Aggregate | Callable[[Any], Any] | None = None
+        self,
+        batches: Iterable[Any],
+        *,
+        aggregate: Aggregate | Callable[[Any], Any] | None = None,
+        results: Results = "all",
     ) -> Iterator[Any]:
         """Run the model on one batch after another; the next is prepared while the devices work on the last.
 
         Args:
-            batches: batches as for ``infer``; at most two are held at a time.
+            batches: batches as for ``infer``; at most two are held at a time. In a job of several processes every rank
+                takes the results to the end.
             aggregate: as for ``infer``, for each batch on its own.
+            results: as for ``infer``.
 
         Yields:
             The result of each batch, in order.
@@ -256,7 +274,12 @@ class Engine:
         Raises:
             BatchError: a batch is not what the model takes. The results of those before it have been yielded.
         """
-        return self._runner.run(batches, aggregate)
+        if self.mesh.is_multi_process:
+            from spmd_infer.multihost.batches import shared_batches
+            from spmd_infer.multihost.job import this_job
+
+            batches = shared_batches(this_job(), batches)
+        return self._runner.run(batches, aggregate, results)
 
     def warmup(self, sizes: Mapping[str, int | Sequence[int]] | None = None, *, quiet: bool = False) -> int:
         """Compile the programs for every bucket now, several at a time.
@@ -302,8 +325,7 @@ class Engine:
         sharding = self._placement.sharding(axes, array.shape, phase)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jnp.zeros(array.shape, array.dtype, device=sharding)
-        placed: jax.Array = jax.device_put(array, sharding)
-        return placed
+        return put(array, sharding)
 
     def hand_over(self, tree: Any, axes: Any, *, before: str, after: str) -> Any:
         """Move arrays from one phase's layout to another's; nothing happens where the plan has one layout for both.

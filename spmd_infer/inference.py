@@ -19,6 +19,7 @@ from spmd_infer.functional import ModelFunction
 from spmd_infer.programs import Program, Programs
 from spmd_infer.signature import CheckedBatch
 from spmd_infer.tensors import InputSpec
+from spmd_infer.transfer import put
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,24 @@ class InferProgram:
     Attributes:
         program: the executable, called with the parameters, the row weights if it aggregates, and the batch's leaves.
         shardings: where each leaf goes.
+        rows: where row weights go.
         aggregates: whether it takes row weights and returns partial aggregates.
     """
 
     program: Program
     shardings: tuple[NamedSharding, ...]
+    rows: NamedSharding
     aggregates: bool
 
     def __call__(self, params: Any, leaves: Sequence[Any], weights: Any = None) -> Any:
         """Dispatch: returns arrays on the device at once, without waiting for them.
 
-        Numpy arrays are split over the devices by the executable itself, which is faster than ``jax.device_put``.
+        Numpy arrays are split over the devices by the executable itself, which is faster than ``jax.device_put``, where
+        all devices are this process's.
         """
+        if not self.rows.is_fully_addressable:
+            leaves = [put(leaf, sharding) for leaf, sharding in zip(leaves, self.shardings, strict=True)]
+            weights = None if weights is None else put(weights, self.rows)
         placed = [
             leaf if isinstance(leaf, np.ndarray) or leaf.sharding == sharding else jax.device_put(leaf, sharding)
             for leaf, sharding in zip(leaves, self.shardings, strict=True)
@@ -101,7 +108,7 @@ def infer_program(
         in_shardings=(_shardings_of(params), *(rows for _ in first), *shardings),
         donate=tuple(1 + position for position in reuse),
     )
-    return InferProgram(program, shardings, aggregate is not None)
+    return InferProgram(program, shardings, rows, aggregate is not None)
 
 
 def batched_outputs(

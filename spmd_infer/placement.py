@@ -15,6 +15,7 @@ from spmd_infer.functional import ModelFunction, Params
 from spmd_infer.pipeline import own_layouts, stacked, unstacked
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.tensors import Axes
+from spmd_infer.transfer import put
 
 
 @dataclass
@@ -83,5 +84,5 @@ class Placement:
 def placed(model: ModelFunction, plan: MeshPlan, mesh: Mesh, values: Mapping[str, Any]) -> Placement:
     """Put a model's own parameters (by their paths in the unstacked model) on a mesh."""
     targets = own_layouts(model, plan.weights, mesh)
-    own = {path: jax.device_put(values[path], target.sharding) for path, target in targets.items()}
+    own = {path: put(values[path], target.sharding) for path, target in targets.items()}
     return Placement(model.abstract(), plan, mesh, dict(stacked(model, plan.weights, mesh, own)))

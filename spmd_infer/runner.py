@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,9 +20,13 @@ from spmd_infer.axes import BATCH
 from spmd_infer.batching import Buckets, pad_rows
 from spmd_infer.errors import BatchError
 from spmd_infer.inference import InferProgram, infer_program
-from spmd_infer.programs import Programs
+from spmd_infer.programs import Program, Programs
 from spmd_infer.progress import progress
 from spmd_infer.signature import CheckedBatch, Signature
+from spmd_infer.transfer import fetch
+
+Results = Literal["all", "first", "placed"]
+"""Who gets the results in a job of several processes: every rank, rank 0, or nobody: they stay on the devices."""
 
 IN_FLIGHT = 2
 COMPILE_THREADS = 4
@@ -57,8 +61,14 @@ class BatchRunner:
     signature: Signature | None
     buckets: Buckets
     _found: dict[Any, InferProgram] = field(default_factory=dict)
+    _agreed: list[Program] = field(default_factory=list)
 
-    def run(self, batches: Iterable[Any], aggregate: Aggregate | Callable[[Any], Any] | None) -> Iterator[Any]:
+    def run(
+        self,
+        batches: Iterable[Any],
+        aggregate: Aggregate | Callable[[Any], Any] | None,
+        results: Results = "all",
+    ) -> Iterator[Any]:
         """Yield the result of each batch, in order; see ``Engine.infer_stream``."""
         reduce = aggregate if isinstance(aggregate, Aggregate) and not isinstance(aggregate, Concat) else None
         finish = None if aggregate is None or isinstance(aggregate, Aggregate) else aggregate
@@ -79,9 +89,13 @@ class BatchRunner:
             if not waiting:
                 break
             piece = waiting.popleft()
-            results = jax.device_get(piece.results)
-            fetched.append(results if reduce is not None else _cut(results, piece.rows))
+            values = piece.results if results == "placed" else fetch(piece.results)
+            fetched.append(values if reduce is not None else _cut(values, piece.rows))
             if piece.last:
+                if results == "first" and jax.process_index() != 0:
+                    fetched = []
+                    yield None
+                    continue
                 result, fetched = together(fetched, reduce), []
                 yield result if finish is None else finish(result)
         if failure is not None:
@@ -115,11 +129,22 @@ class BatchRunner:
                     for leaf, spec in zip(checked.leaves, checked.specs, strict=True)
                 ]
                 program = self._program(checked, leaves, bucket, reduce)
+                self._agree(program)
                 self.signature = signature  # the model took it: from now on batches must be like it
                 weights = None if row_weights is None else _padded(row_weights[start:stop], bucket)
                 yield _Piece(
                     stop - start, stop == checked.rows, program(self.programs.placement.params, leaves, weights)
                 )
+
+    def _agree(self, program: InferProgram) -> None:
+        """Over several processes: no program runs before all ranks know that theirs are the same."""
+        if program.rows.is_fully_addressable or program.program in self._agreed:
+            return
+        from spmd_infer.multihost.fingerprint import agree, of_program
+        from spmd_infer.multihost.job import this_job
+
+        agree(this_job(), f"program {program.program.name}", of_program(program.program.compiled.as_text() or ""))
+        self._agreed.append(program.program)
 
     def _program(
         self, checked: CheckedBatch, leaves: Sequence[Any], bucket: int, reduce: Aggregate | None

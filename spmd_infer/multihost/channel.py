@@ -50,6 +50,7 @@ class Channel:
         self._received: defaultdict[int, int] = defaultdict(int)
         self._early: defaultdict[int, deque[tuple[Message, list[Any]]]] = defaultdict(deque)
         self.sent_bytes = 0
+        self.streams = 0
 
     def send(self, message: Message, frames: Sequence[Any] = ()) -> None:
         """From the leader to all followers, or from a follower to the leader; returns once it is queued.

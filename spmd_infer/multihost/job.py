@@ -30,6 +30,17 @@ def current_job() -> Job | None:
     return _job
 
 
+def this_job() -> Job:
+    """The job that this process has joined.
+
+    Raises:
+        ClusterError: it has joined none.
+    """
+    if _job is None:
+        raise ClusterError("a mesh over several processes needs spmd_infer.initialize() before JAX is used")
+    return _job
+
+
 class _Step:
     """A step under way; used with ``with``."""
 

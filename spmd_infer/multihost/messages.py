@@ -34,12 +34,14 @@ class Arrays(msgspec.Struct, tag="arrays", array_like=True, frozen=True):
     """Arrays follow, one frame each.
 
     Attributes:
-        paths: their places in a nest of dicts and lists; see ``batches``.
+        stream: number of the call that they belong to.
+        tree: their places in a nest of dicts, lists and tuples, as JSON; see ``batches``.
         dtypes: by NumPy's names, with those of ml_dtypes.
         shapes: likewise.
     """
 
-    paths: tuple[tuple[str | int, ...], ...]
+    stream: Count
+    tree: bytes
     dtypes: tuple[Name, ...]
     shapes: tuple[tuple[Count, ...], ...]
 
@@ -48,9 +50,11 @@ class EndOfBatches(msgspec.Struct, tag="end", array_like=True, frozen=True):
     """No further batch comes.
 
     Attributes:
+        stream: number of the call that ends.
         error: what went wrong where the leader takes its batches from; empty where nothing did.
     """
 
+    stream: Count
     error: str = ""
 
 

@@ -18,6 +18,7 @@ from spmd_infer.axes import BATCH, EMBED, SEQ
 from spmd_infer.errors import CheckpointError, TaskError
 from spmd_infer.generation.tokenizer import Tokenizer
 from spmd_infer.packing import ROW_LENS, Packing, pack
+from spmd_infer.transfer import fetch
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -159,7 +160,7 @@ class Embed:
 
         def collect(result: Vectors | None) -> Vectors:
             texts, first, pooled = waiting.popleft()
-            rows = np.asarray(pooled)  # [rows, segments, D]
+            rows = fetch(pooled)  # [rows, segments, D]
             if result is None:
                 result = np.empty((len(ids), rows.shape[-1]), np.float32)
             result[texts] = rows[packing.rows[texts] - first, packing.segments[texts]]

@@ -1,0 +1,44 @@
+"""Arrays between the host and meshes that may lie over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Lay an array out; over several processes each one gives the same values and puts its own part on its devices."""
+    placed: jax.Array
+    if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+        placed = jax.device_put(value, sharding)
+        return placed
+    host = np.asarray(value)
+    placed = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
+    return placed
+
+
+def whole(tree: Any) -> Any:
+    """The same arrays so that this process can read all of each; all processes must call it where there are several."""
+    return jax.tree.map(lambda x: x if _readable(x) else _replicate(x.sharding.mesh)(x), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The values as NumPy arrays; all processes must call it where there are several, and all get all of them."""
+    return jax.device_get(whole(tree))
+
+
+def _readable(x: Any) -> bool:
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+@cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    replicate: Callable[[jax.Array], jax.Array] = jax.jit(
+        lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+    return replicate
