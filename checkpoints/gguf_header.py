@@ -115,7 +115,7 @@ def _read_value(cursor: _Cursor, kind: int, name: str, depth: int) -> Any:
 
 def _read_array(cursor: _Cursor, name: str, depth: int) -> list[Any]:
     kind = cursor.unsigned(4)
-    code = _SCALARS.get(kind)  # type: ignore[call-overload]
+    code = _SCALARS.get(kind)  # type: ignore[call-overload]  # the enumeration's members are integers
     smallest = np.dtype(code).itemsize if code else 12 if kind == GGUFValueType.ARRAY else 8
     length = cursor.count(8, smallest, f"elements of field {name!r}")
     if length > _MOST_ELEMENTS:

@@ -12,9 +12,11 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from spmd_infer.checkpoints.boxes import Box
 from spmd_infer.checkpoints.file_bytes import FileBytes, aligned_empty
 from spmd_infer.checkpoints.gguf_config import config_from_fields
 from spmd_infer.checkpoints.gguf_header import StoredTensor, read_header
+from spmd_infer.checkpoints.kept_quantised import KINDS, QuantisedSlice, unpack
 from spmd_infer.checkpoints.reader import Index, TensorInfo, bounds, check_shape, find_tensor
 from spmd_infer.errors import CheckpointError
 
@@ -69,19 +71,42 @@ class GgufReader:
             return self._bytes.read(tensor.offset, info.shape, info.dtype, wanted)
         return self._read_blocks(tensor, wanted)
 
-    def _read_blocks(self, tensor: StoredTensor, wanted: tuple[tuple[int, int], ...]) -> npt.NDArray[Any]:
+    def read_quantised(self, name: str, index: Index | None = None) -> QuantisedSlice | None:
+        """One slice of a quantised tensor as it is stored.
+
+        Args:
+            name: the tensor.
+            index: as for ``read``; the last dimension is cut between groups only.
+
+        Returns:
+            Numbers and scales; None where the tensor's type is not one of those that map exactly.
+
+        Raises:
+            CheckpointError: as for ``read``, and where a slice begins or ends within a group.
+        """
+        info = find_tensor(self.tensors, name, self.path)
+        tensor, wanted = self._stored[name], bounds(index, info)
+        if tensor.kind not in KINDS:
+            return None
+        (start, stop), width = wanted[-1], GGML_QUANT_SIZES[tensor.kind][0]
+        if start % width or stop % width:
+            raise CheckpointError(f"{info}: columns {start} to {stop} do not lie between groups of {width}")
+        return unpack(tensor.kind, self._packed(tensor, wanted, start // width, stop // width))
+
+    def _packed(self, tensor: StoredTensor, wanted: Box, first: int, last: int) -> npt.NDArray[np.uint8]:
+        """Blocks ``[..., blocks, bytes]``: in the wanted rows, those from ``first`` to ``last``."""
+        block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // block, block_bytes)
+        return self._bytes.read(tensor.offset, shape, np.uint8, (*wanted[:-1], (first, last), (0, block_bytes)))
+
+    def _read_blocks(self, tensor: StoredTensor, wanted: Box) -> npt.NDArray[Any]:
         out = aligned_empty([stop - start for start, stop in wanted], np.float32)
         if out.size == 0:
             return out
         block, block_bytes = GGML_QUANT_SIZES[tensor.kind]
         start, stop = wanted[-1]
         first, last = start // block, -(-stop // block)  # the blocks of a row that hold its wanted columns
-        packed = self._bytes.read(
-            tensor.offset,
-            (*tensor.shape[:-1], tensor.shape[-1] // block, block_bytes),
-            np.uint8,
-            (*wanted[:-1], (first, last), (0, block_bytes)),
-        ).reshape(-1, (last - first) * block_bytes)
+        packed = self._packed(tensor, wanted, first, last).reshape(-1, (last - first) * block_bytes)
         rows = out.reshape(-1, stop - start)
         many = max(1, _CHUNK // ((last - first) * block))
         skip = start - first * block

@@ -115,9 +115,9 @@ class MsgpackReader:
             raise CheckpointError(f"{self.path}: array {name!r} has parts that are not arrays of one dtype")
         check_shape(sizes, dtype, name, self.path)  # type: ignore[arg-type]  # checked to be integers
         runs = tuple(run for part in parts for run in part.runs)  # type: ignore[union-attr]  # checked to be arrays
-        if sum(nbytes for _, nbytes in runs) != math.prod(sizes) * dtype.itemsize:  # type: ignore[arg-type]
+        if sum(nbytes for _, nbytes in runs) != math.prod(sizes) * dtype.itemsize:  # type: ignore[arg-type]  # checked to be integers
             raise CheckpointError(f"{self.path}: the parts of array {name!r} do not make up its shape {list(sizes)}")
-        return _Stored(sizes, dtype, runs)  # type: ignore[arg-type]
+        return _Stored(sizes, dtype, runs)  # type: ignore[arg-type]  # checked to be integers
 
 
 class _Walker:

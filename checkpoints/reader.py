@@ -58,7 +58,8 @@ class Reader(Protocol):
 
     A reader may also have ``read_into(name, box, out)``, which spares a copy: it reads a box (start and stop in each
     dimension) into C-ordered memory of the box's shape and the tensor's dtype; and ``takes_whole(name)``, which says
-    whether reading any part of a tensor costs as much as reading all of it, so that it should be read once.
+    whether reading any part of a tensor costs as much as reading all of it, so that it should be read once. One of a
+    format with quantised tensors may have ``read_quantised(name, index)``, which gives them as they are stored.
     """
 
     @property

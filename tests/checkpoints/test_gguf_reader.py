@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmd_infer.checkpoints import open_checkpoint
+from spmd_infer.checkpoints.gguf_reader import GgufReader
 from spmd_infer.errors import CheckpointError
 
 WRITABLE = [
@@ -215,3 +216,31 @@ def test_version_2_is_read_and_big_endian_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="big-endian"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "uint4")])
+def test_numbers_and_scales_stand_for_exactly_what_is_dequantised(file: Path, name: str, kind: str) -> None:
+    reader = GgufReader(file)
+    found = reader.read_quantised(name)
+    assert found is not None
+    assert (found.kind, found.values.shape, found.scales.shape) == (kind, (7, 512), (7, 16))
+    assert (found.offsets is not None) == (name == "Q4_1")
+    assert found.floats().tobytes() == reader.read(name).tobytes()
+    part = reader.read_quantised(name, (slice(2, 5), slice(64, 160)))
+    assert part is not None
+    assert part.floats().tobytes() == reader.read(name, (slice(2, 5), slice(64, 160))).tobytes()
+    if kind != "int8":
+        low, high = (part.packed() & 15).astype(np.int8), (part.packed() >> 4).astype(np.int8)
+        added = 8 if kind == "int4" else 0
+        np.testing.assert_array_equal(np.stack([low, high], -1).reshape(3, 96) - added, part.values)
+        assert len(np.unique(part.values)) > 8  # not all the same, which would prove nothing
+    with pytest.raises(CheckpointError, match="columns 16 to 64 do not lie between groups of 32"):
+        reader.read_quantised(name, (slice(None), slice(16, 64)))
+
+
+def test_other_types_are_not_kept_quantised(file: Path) -> None:
+    reader = GgufReader(file)
+    assert reader.read_quantised("float32") is None
+    assert reader.read_quantised("Q6_K") is None
+    with pytest.raises(CheckpointError, match="no tensor 'none'"):
+        reader.read_quantised("none")
