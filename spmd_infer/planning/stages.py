@@ -105,8 +105,12 @@ def staged_cost(
             known.count + message.times, known.nbytes + message.times * message.nbytes
         )
     own = sum(work.row_bytes) * rows // parts  # of each array that travels, a device's share of the rows
-    inside_layers = whole.memory.activations * stages // count + 2 * own + 3 * own * stages // count
-    memory = Memory(held, 0, max(outside.memory.activations, inside_layers), whole.memory.inputs)
+    passing = 3 * own * stages // count  # a micro-batch as it comes, as it is worked on, and as it goes
+    # Before and after the ticks the rows are there twice. During them the layers work on one micro-batch, for which
+    # the place of the results is still free.
+    layers_at_work = own + passing + whole.memory.activations * stages // count - whole.memory.inputs
+    activations = max(outside.memory.activations, 2 * own + passing, layers_at_work)
+    memory = Memory(held, 0, activations, whole.memory.inputs)
     return StagedCost(memory, cost.time, traffic, shape)
 
 
