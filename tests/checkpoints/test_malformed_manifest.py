@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from spmd_infer.checkpoints.copying import Quantisation
 from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME
 from spmd_infer.conversion import Changes, prepare
 from spmd_infer.errors import CheckpointError
+from tests.checkpoints.malformed import memory_below
 
 SLACK = 4 << 20  # what opening a sound checkpoint of this size takes, the decoder's own tables included
 DATA = "data/host-0000-0000.bin"
@@ -45,13 +45,8 @@ def read_all(folder: Path) -> dict[str, np.ndarray]:
 
 
 def refused(folder: Path, match: str = "") -> None:
-    tracemalloc.start()
-    try:
-        with pytest.raises(CheckpointError, match=match):
-            read_all(folder)
-        assert tracemalloc.get_traced_memory()[1] < SLACK
-    finally:
-        tracemalloc.stop()
+    with memory_below(SLACK), pytest.raises(CheckpointError, match=match):
+        read_all(folder)
 
 
 def edit(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
