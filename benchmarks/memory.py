@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--only TEXT] [--markdown]
 
-Every layout on meshes of simulated devices; float32. Found is what XLA's buffer assignment says of the compiled program:
+Every layout on meshes of simulated devices; float32. Found is what XLA says of the compiled program's buffers:
 arguments, results and temporaries, less what results share with arguments.
 """
 

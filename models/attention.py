@@ -16,7 +16,7 @@ from typing import Protocol, Self
 import jax
 import jax.numpy as jnp
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ
+from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ, constrain, current_scope
 from spmd_infer.models.ring_attention import find_split, split_attention
 from spmd_infer.tensors import Axes
 
@@ -76,8 +76,8 @@ class ContiguousCache:
         keys = keys.transpose(0, 2, 3, 1).astype(self.keys.dtype)  # [B, K, H, T]
         values = values.transpose(0, 2, 1, 3).astype(self.values.dtype)  # [B, K, T, H]
         return ContiguousCache(
-            jax.lax.dynamic_update_slice(self.keys, keys, (0, 0, 0, 0)),
-            jax.lax.dynamic_update_slice(self.values, values, (0, 0, 0, 0)),
+            _with_first(self.keys, keys, KEY_AXES),
+            _with_first(self.values, values, VALUE_AXES),
         )
 
     def _appended(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
@@ -105,6 +105,21 @@ class ContiguousCache:
             "bkgs,bksh->bkgh", weights.astype(self.values.dtype), self.values, preferred_element_type=jnp.float32
         )
         return mixed.reshape(batch, heads, head_dim).astype(queries.dtype)
+
+
+def _with_first(cache: jax.Array, new: jax.Array, axes: Axes) -> jax.Array:
+    """``cache`` with ``new`` at its first positions."""
+    position = axes.index(KEY_SEQ)
+    size, scope = cache.shape[position], current_scope()
+    shape = {} if scope is None else {str(name): int(parts) for name, parts in scope[1].shape.items()}
+    if scope is None or not scope[0].of_activations.split(KEY_SEQ, size, shape):
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0))
+    # Where positions are split, parts of the new ones are no parts of the cache. An update in place would bring
+    # together both; so only the new ones are, and every device takes what falls into its part.
+    whole = constrain(new, *(None if axis == KEY_SEQ else axis for axis in axes))
+    width = [(0, size - new.shape[d] if d == position else 0) for d in range(new.ndim)]
+    seen = jax.lax.broadcasted_iota(jnp.int32, cache.shape, position) < new.shape[position]
+    return jnp.where(seen, constrain(jnp.pad(whole, width), *axes), cache)
 
 
 def _put(line: jax.Array, value: jax.Array, position: jax.Array) -> jax.Array:

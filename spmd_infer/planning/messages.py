@@ -96,6 +96,11 @@ def of_reduction(reduction: Reduction, splits: Splits) -> Iterator[Message]:
 
 def of_relabel(relabel: Relabel, splits: Splits) -> Iterator[Message]:
     """A constraint that moves a mesh axis from one dimension to another (all-to-all) or drops it (all-gather)."""
+    if relabel.into is not None:
+        shared = splits.shared_heads(relabel.before)
+        if shared:
+            # Every device computes only the key heads that its query heads read; the cache wants all of them.
+            yield Message("all-gather", shared, splits.device_bytes(relabel.after), relabel.times)
     before, after = splits.of(relabel.before), splits.of(relabel.after)
     wanted = splits.axes(relabel.after)
     size = splits.device_bytes(relabel.before)

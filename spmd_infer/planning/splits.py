@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
-from spmd_infer.axes import AxisRules, axis_tuple
+from spmd_infer.axes import ATTN_HEADS, ATTN_KV_HEADS, AxisRules, axis_tuple
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.work import Value, weight_label
 
@@ -52,3 +52,16 @@ class Splits:
     def device_bytes(self, value: Value) -> int:
         """Bytes of a value on one device."""
         return value.nbytes // self.parts(self.axes(value))
+
+    def shared_heads(self, value: Value) -> tuple[str, ...]:
+        """The mesh axis over which query heads are split and key heads are not, although some of them could be.
+
+        There are fewer key heads than devices then, and several devices read the same ones.
+        """
+        rules = self._rules.of_activations
+        for label, size in zip(value.labels, value.shape, strict=True):
+            axes = tuple(axis for axis in rules.mesh_axes(label) if self._mesh.get(axis, 1) > 1)
+            parts, heads = self.parts(axes), rules.units.get(ATTN_HEADS, 1)
+            if label == ATTN_KV_HEADS and axes and size % parts and parts % size == 0 and size > 1:
+                return axes if heads % parts == 0 else ()
+        return ()

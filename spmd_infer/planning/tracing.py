@@ -13,7 +13,18 @@ from spmd_infer.axes import marked_axes, recorded_constraints
 from spmd_infer.functional import ModelFunction
 from spmd_infer.planning.flow import FUSED_REDUCTION, Flow, Kind, Op, is_view, kind_of
 from spmd_infer.planning.primitives import PRODUCTS, is_flattened, labels_of, must_be_copied
-from spmd_infer.planning.work import Labels, Product, Reduction, Relabel, Value, Work, given_up, merged, weight_label
+from spmd_infer.planning.work import (
+    Labels,
+    Product,
+    Reduction,
+    Relabel,
+    Value,
+    Work,
+    given_up,
+    merged,
+    weight_label,
+    written,
+)
 
 _SAME_VALUES = frozenset({"reshape", "squeeze", "convert_element_type", "copy", "transpose"})
 
@@ -147,6 +158,8 @@ class _Reader:
         """Write down what may need communication although it is no product."""
         if name == "name" and marked_axes(params["name"]) is not None:
             self.work.relabels.append(Relabel(operands[0], out, times))
+        elif name == "dynamic_update_slice":
+            self.work.relabels.append(replace(written(operands[0], operands[1]), times=times))
         elif name.startswith(("reduce_", "arg")) and "axes" in params and name != "reduce_precision":
             self.work.reductions.append(Reduction(operands[0], tuple(params["axes"]), out, times))
         else:
@@ -179,7 +192,12 @@ class _Reader:
             small = all(operands[0].shape[d] <= FUSED_REDUCTION for d in axes)
             self._op("reduce", operands, results, fuses=small and rank - 1 in axes)
         elif kind_of(name) == "update" and self._numbers.get(id(operands[0])) in self._given:
-            self._op("update", operands[1:], ())  # a donated input is written to where it is
+            part = operands[1:2]
+            if name == "dynamic_update_slice":
+                item = written(operands[0], operands[1])
+                self._op("constraint", part, (item.after,), item=item)
+                part = [item.after]
+            self._op("update", part, ())  # a donated input is written to where it is
             self._kept.append(results[0])
             self._numbers[id(results[0])] = self._numbers[id(operands[0])]
         else:

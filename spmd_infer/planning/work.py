@@ -101,11 +101,13 @@ class Relabel:
         before: the value as it was computed.
         after: the value as it is wanted.
         times: how often it happens in one step.
+        into: what it is written into, if it is an update of something that stays: of a cache by a whole prompt.
     """
 
     before: Value
     after: Value
     times: int = 1
+    into: Value | None = None
 
 
 @dataclass
@@ -165,6 +167,15 @@ def given_up(operands: Sequence[Value], out: Value, times: int = 1) -> list[Rela
         if after != operand:
             found.append(Relabel(operand, after, times))
     return found
+
+
+def written(whole: Value, part: Value) -> Relabel:
+    """A part that is written into a whole of another size, whose pieces lie elsewhere: it is completed first."""
+    labels = tuple(
+        label if size == of_whole else None
+        for label, size, of_whole in zip(part.labels, part.shape, whole.shape, strict=True)
+    )
+    return Relabel(part, replace(part, labels=labels), into=whole)
 
 
 _Repeated = TypeVar("_Repeated", Product, Reduction, Relabel)
