@@ -24,6 +24,7 @@ from spmd_infer.cli import (
     sentences,
     verify,
 )
+from spmd_infer.cli import eval as evaluation
 from spmd_infer.cli.configuration import read_configuration
 from spmd_infer.cli.exit_codes import NO_LAYOUT, REFUSED_INPUT, UNUSABLE_MODEL
 from spmd_infer.cli.options import DEBUG_VARIABLE
@@ -58,6 +59,7 @@ app.command("inspect")(inspect.inspect)
 app.command("diff")(inspect.diff)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluation.evaluate)
 app.command("launch")(launch.launch)
 app.command("doctor")(doctor.doctor)
 

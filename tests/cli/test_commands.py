@@ -13,7 +13,7 @@ import pytest
 from spmd_infer import __version__
 
 COMMAND = [str(Path(sys.executable).parent / "spmd-infer")]
-VERBS = ("infer", "generate", "embed", "classify", "plan", "bench", "doctor")
+VERBS = ("infer", "generate", "embed", "classify", "plan", "bench", "eval", "doctor")
 
 
 def run(
