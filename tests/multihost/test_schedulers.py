@@ -1,0 +1,205 @@
+"""Real SLURM and real Open MPI on this machine, started by ``scripts/ci-cluster``; and manifests for Kubernetes.
+
+Where they are not installed these tests are skipped, except in CI.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spmd_infer.multihost.detection import detect
+from spmd_infer.multihost.exit_codes import OTHER_FAILED
+from tests.multihost.processes import clean_environment
+
+LAUNCH = Path("scripts/launch").resolve()
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import spmd_infer as si
+
+with si.initialize() as job:
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    marks = Path(sys.argv[2])
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    ones = np.ones((jax.device_count(), 8), np.float32)
+    x = jax.make_array_from_callback(ones.shape, NamedSharding(mesh, PartitionSpec("x")), lambda index: ones[index])
+    add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    first = int(marks.read_text()) if marks.exists() else 0
+    for number in range(first, 10):
+        with job.step("add", 30):
+            total = float(add(x))
+        if job.rank == 0:
+            part = marks.with_suffix(".part")
+            part.write_text(str(number + 1))
+            part.rename(marks)
+        if sys.argv[1] == "kill" and number == 5 and job.rank == 1 and first == 0:
+            os.kill(os.getpid(), 9)
+        if sys.argv[1] == "raise" and number == 5 and job.rank == 1:
+            raise LookupError("on purpose")
+    print(f"rank {job.rank} of {job.size}: {total:.0f} from step {first}", flush=True)
+"""
+
+
+def needed(program: str, hint: str) -> None:
+    if shutil.which(program) is None:
+        if os.environ.get("CI", "").lower() in ("", "0", "false"):
+            pytest.skip(f"no {program}: {hint}")
+        pytest.fail(f"CI must have {program}: {hint}")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> str:
+    """SLURM_CONF of a running cluster."""
+    needed("sbatch", "scripts/ci-cluster install")
+    if os.geteuid() != 0 and "SLURM_CONF" not in os.environ:
+        pytest.skip("scripts/ci-cluster start needs root")
+    done = subprocess.run(["scripts/ci-cluster", "start"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return re.search("SLURM_CONF=(.+)", done.stdout)[1]  # type: ignore[index]  # it prints it
+
+
+def state_of(job: str, env: dict[str, str]) -> str:
+    shown = subprocess.run(["scontrol", "-o", "show", "job", job], env=env, capture_output=True, text=True, check=False)
+    state = re.search(r"JobState=(\w+)", shown.stdout)
+    return state[1] if state else "?"
+
+
+def sbatch(conf: str, folder: Path, fault: str, restarts: int, seconds: float) -> str:
+    """Submit the script, wait until the job has left the queue; returns its output."""
+    script, output = folder / "program.py", folder / "output"
+    script.write_text(PROGRAM)
+    env = clean_environment(
+        SLURM_CONF=conf,
+        SPMD_INFER_MAX_RESTARTS=str(restarts),
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+    submit = ["sbatch", "--parsable", "--nodes=2", "--export=ALL", "-o", output, LAUNCH / "slurm.sbatch"]
+    job = subprocess.run(
+        [*map(str, submit), sys.executable, str(script), fault, str(folder / "marks")],
+        env=env, capture_output=True, text=True, timeout=30, check=True,
+    ).stdout.strip()  # fmt: skip
+    deadline = time.monotonic() + seconds
+    try:
+        final = 0  # a job that is put back is cancelled for a moment
+        while final < 8:
+            state = state_of(job, env)
+            final = final + 1 if state in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT") else 0
+            assert time.monotonic() < deadline, output.read_text() if output.exists() else f"never started: {state}"
+            if state == "PENDING":  # a requeued job is held back for two minutes, so that a broken node is noticed
+                update = ["scontrol", "update", f"jobid={job}", "starttime=now"]
+                subprocess.run(update, env=env, capture_output=True, check=False)
+            time.sleep(0.5)
+    finally:
+        subprocess.run(["scancel", job], env=env, capture_output=True, check=False)
+    return output.read_text()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_sbatch(slurm: str, tmp_path: Path) -> None:
+    said = sbatch(slurm, tmp_path, "nothing", 0, 120)
+    assert "0: rank 0 of 2: 32 from step 0" in said
+    assert "1: rank 1 of 2: 32 from step 0" in said
+    assert re.search(
+        r"1: \[spmd-infer rank 1\] rank 1 of 2, number 0 of 1 on its host, coordinator n1:\d+ \(SLURM job", said
+    )
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_step_is_put_back_into_the_queue_and_goes_on(slurm: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    said = sbatch(slurm, tmp_path, "kill", 2, 240)
+    print(f"\nkilled, put back and finished: {time.monotonic() - begin:.0f} s")
+    assert re.search(r"the job ends: rank 1 \(\S+, pid \d+\) died: killed", said)
+    assert "after 0 restarts: put back into the queue" in said
+    assert re.search(r"0: rank 0 of 2: 32 from step [56]", said)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["nothing", "raise"])
+def test_mpirun(fault: str, tmp_path: Path) -> None:
+    needed("mpirun", "scripts/ci-cluster install")
+    env = clean_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    command = [sys.executable, "-c", PROGRAM, fault, str(tmp_path / "marks")]
+    done = subprocess.run(
+        [str(LAUNCH / "mpirun.sh"), "--oversubscribe", "-n", "4", "--", *command],
+        env=env, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    if fault == "nothing":
+        assert done.returncode == 0, done.stderr
+        assert sorted(re.findall(r"rank \d of 4: \d+ from step 0", done.stdout)) == [
+            f"rank {rank} of 4: 32 from step 0" for rank in range(4)
+        ]
+        assert "(Open MPI)" in done.stderr
+    else:
+        assert done.returncode in (1, OTHER_FAILED)
+        assert done.stderr.count("Traceback (most recent call last)") == 1
+        assert "LookupError: on purpose" in done.stderr
+        assert len(re.findall(r"the job ends: rank 1 \(\S+ pid \d+\) raised LookupError", done.stderr)) == 3
+
+
+def manifest(name: str) -> dict:
+    return yaml.safe_load((LAUNCH / "kubernetes" / name).read_text())
+
+
+def environment(container: dict, annotations: dict[str, str]) -> dict[str, str]:
+    """What a container's env comes to in a pod with these annotations."""
+    env = {}
+    for entry in container["env"]:
+        source = entry.get("valueFrom", {})
+        if "fieldRef" in source:
+            path = re.fullmatch(r"metadata\.annotations\['(.+)'\]", source["fieldRef"]["fieldPath"])
+            env[entry["name"]] = annotations[path[1]]  # type: ignore[index]  # it matches, or the manifest is wrong
+        elif "secretKeyRef" in source:
+            env[entry["name"]] = "0123456789abcdef"
+        else:
+            env[entry["name"]] = entry["value"]
+    return env
+
+
+def test_jobset_manifest() -> None:
+    """With what the JobSet controller adds: the index as a variable, names and the coordinator as annotations."""
+    spec = manifest("jobset.yaml")["spec"]
+    (workers,) = spec["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    (container,) = job["template"]["spec"]["containers"]
+    annotations = {
+        "jobset.sigs.k8s.io/coordinator": "spmd-infer-workers-0-0.spmd-infer",
+        "jobset.sigs.k8s.io/jobset-name": "spmd-infer",
+    }
+    for rank in range(job["parallelism"]):
+        place = detect(environment(container, annotations) | {"JOB_COMPLETION_INDEX": str(rank)})
+        assert (place.rank, place.size) == (rank, job["completions"])
+        assert place.host == "spmd-infer-workers-0-0.spmd-infer"
+        assert place.source.startswith("Kubernetes JobSet")
+
+
+def test_leaderworkerset_manifest() -> None:
+    group = manifest("leaderworkerset.yaml")["spec"]["leaderWorkerTemplate"]
+    (container,) = group["workerTemplate"]["spec"]["containers"]
+    added = {"LWS_LEADER_ADDRESS": "spmd-infer-0.spmd-infer.default", "LWS_GROUP_SIZE": str(group["size"])}
+    for rank in range(group["size"]):
+        place = detect(environment(container, {}) | added | {"LWS_WORKER_INDEX": str(rank)})
+        assert (place.rank, place.size, place.host) == (rank, 2, added["LWS_LEADER_ADDRESS"])
+
+
+def test_scripts_are_short_and_executable() -> None:
+    for name in ("slurm.sbatch", "mpirun.sh", "local.sh"):
+        script = LAUNCH / name
+        assert os.access(script, os.X_OK)
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert len(script.read_text().splitlines()) < 40
