@@ -38,6 +38,7 @@ class Ranks:
         devices: int = 1,
         start: Sequence[int] | None = None,
         each: Mapping[int, Mapping[str, str]] | None = None,
+        prefix: Mapping[int, Sequence[str]] | None = None,
         **env: str,
     ) -> None:
         common = {
@@ -54,7 +55,10 @@ class Ranks:
             own = common | {"SPMD_INFER_PROCESS_ID": str(rank)} | dict((each or {}).get(rank, {}))
             with self.file(rank, "out").open("wb") as out, self.file(rank, "err").open("wb") as err:
                 self.popen[rank] = subprocess.Popen(
-                    [sys.executable, "-c", program, *arguments], env=clean_environment(**own), stdout=out, stderr=err
+                    [*(prefix or {}).get(rank, ()), sys.executable, "-c", program, *arguments],
+                    env=clean_environment(**own),
+                    stdout=out,
+                    stderr=err,
                 )
 
     def __enter__(self) -> "Ranks":
