@@ -23,9 +23,6 @@ from spmd_infer.planning.verify import MEMORY_TOLERANCE, PhaseReport
 MOST_DEVICES = 512
 TIMEOUT = 600.0
 
-_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
-"""Machine code is not optimised: collectives and buffers are decided before it is made."""
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -132,7 +129,7 @@ def verify_plan(
         "phase_rules": {name: _rules_to_json(rules) for name, rules in plan.chosen.rules.items()},
     }
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    flags += [f"--xla_force_host_platform_device_count={plan.mesh.size}", *_FLAGS]
+    flags += [f"--xla_force_host_platform_device_count={plan.mesh.size}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     begin = time.perf_counter()
     try:

@@ -40,6 +40,9 @@ _OFFSET = 0.1  # differences that leave less than this part of themselves when a
 _OPEN_BOOKS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """No kernels of a library that keeps its intermediate results to itself: a small CNN's 1.1 GB are 0.13 to XLA then."""
 
+_QUICK: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+"""Machine code is not optimised: collectives and buffers are decided before it is made."""
+
 _LIKE_ACCELERATORS: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """XLA on CPU starts whatever can start; accelerators take an operation's memory into account."""
 
@@ -263,11 +266,11 @@ def _compile(
     jitted = jax.jit(step, in_shardings=(dict(weights), *(placed(value) for value in inputs)), donate_argnums=donated)
     lowered = jitted.lower(dict(model.params), *leaves)
     try:
-        return lowered.compile(compiler_options=_OPEN_BOOKS | ({} if shared else _LIKE_ACCELERATORS))
+        return lowered.compile(compiler_options=_QUICK | _OPEN_BOOKS | ({} if shared else _LIKE_ACCELERATORS))
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
-        return lowered.compile()  # another version of XLA
+        return lowered.compile(compiler_options=_QUICK)  # another version of XLA
 
 
 def _in_float32(param: Any) -> jax.ShapeDtypeStruct:
