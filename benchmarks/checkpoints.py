@@ -4,25 +4,34 @@
 
 A synthetic checkpoint of a Llama's shape (bfloat16, Hugging Face folder, random numbers) is made in the folder, which
 needs room for four of its size. Every step runs in a process of its own; "rate" is the checkpoint's bytes over wall
-time, all checking included; "flushed" counts the time until the disk holds what was written (the writing steps always
-do that themselves). "beyond" is the process's peak resident memory (interpreter and libraries included), for loading
-minus the arrays themselves. ``cp`` is measured before and after the steps, and the mean of both is what rates are
-compared with: disks of virtual machines vary.
+time, starting Python, all checking and flushing to the disk included; "work" leaves out the start, which does not grow
+with the checkpoint. "beyond" is the process's peak resident memory (interpreter and libraries included), for loading
+minus the arrays themselves.
+
+``cp`` of the same bytes runs before and after every step, and a step is compared with the mean of the two: how fast
+memory and disks of a virtual machine are changes from minute to minute. "flushed" counts the time until the disk holds
+the copy, which the steps that write always wait for and ``cp`` does not. The load of the machine, and processor time,
+say how much else was going on.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 COMMAND = str(Path(sys.executable).parent / "spmd-infer")
 LIMIT_BEYOND = 512 << 20
@@ -147,28 +156,33 @@ def main() -> None:
     largest = VOCAB * HIDDEN * 2
     rows: list[dict[str, Any]] = []
     copies: list[tuple[float, float, float]] = []
+    ceilings(nbytes, source / "model.safetensors")
 
-    def note(step: str, seconds: float, processor: float, peak: int, beyond: int | None = None) -> None:
-        row = {"step": step, "seconds": seconds, "peak": peak, "beyond": peak if beyond is None else beyond}
-        rows.append(row | {"processor_seconds": processor})
-        rate = f"{seconds:>8.1f} s ({processor:>5.1f} s of processors) {nbytes / seconds / 1e6:>7.0f} MB/s"
-        figures = f"{rate}   beyond {(peak if beyond is None else beyond) / 2**20:>6.0f} MiB"
-        print(f"{step:<34}{figures}", flush=True)
+    def copied() -> None:
+        if "copy" in steps:
+            copies.append(copy(source, folder / "copy"))
+
+    def note(step: str, seconds: float, work: float, processor: float, peak: int, beyond: int | None = None) -> None:
+        before = len(copies) - 1
+        copied()
+        pair = copies[before:] if before >= 0 else []
+        beside = {
+            key: sum(taken[i] for taken in pair) / len(pair) if pair else None
+            for i, key in enumerate(("cp", "cp_flushed"))
+        }
+        row = {"step": step, "seconds": seconds, "work": work, "processor_seconds": processor, "peak": peak}
+        row |= {"beyond": peak if beyond is None else beyond, "load": os.getloadavg()[0], **beside}
+        rows.append(row)
+        print(line(row, nbytes), flush=True)
 
     def cli(step: str, *arguments: str) -> dict[str, Any]:
         seconds, peak, processor, output = timed([COMMAND, *arguments, "--json"])
-        note(step, seconds, processor, peak)
         result: dict[str, Any] = json.loads(output.splitlines()[-1])
+        note(step, seconds, result.get("seconds", seconds), processor, peak)
         return result
 
-    def copied() -> None:
-        copies.append(copy(source, folder / "copy"))
-        note("cp", copies[-1][0], copies[-1][2], 0)
-        note("cp, flushed", copies[-1][1], copies[-1][2], 0)
-
     print(f"{nbytes / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB")
-    if "copy" in steps:
-        copied()
+    copied()
     current = source
     if "reshard" in steps:
         for number, (mesh, hosts) in enumerate(CHAIN):
@@ -191,7 +205,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--load", str(current), "data=2,model=4"]
         _, peak, processor, output = timed(command, environment)
         loaded = json.loads(output.splitlines()[-1])
-        note("load on data=2,model=4", loaded["seconds"], processor, peak, peak - loaded["arrays"])
+        note("load on data=2,model=4", loaded["seconds"], loaded["seconds"], processor, peak, peak - loaded["arrays"])
     if "verify" in steps and current != source:
         answer = cli("verify", "verify", str(current))
         assert all(problem["kind"] == "values" for problem in answer["problems"]), answer["problems"][:3]
@@ -202,29 +216,59 @@ def main() -> None:
         answer = cli("diff with the source", "diff", str(source), str(folder / "back"))
         assert answer["equal"], answer["differences"][:3]
         shutil.rmtree(folder / "back")
-    if "copy" in steps:
-        copied()
     for child in folder.iterdir():
         shutil.rmtree(child)
-    report(rows, copies, nbytes, largest)
+    allowed = largest + LIMIT_BEYOND
+    print(f"memory: at most {max(row['beyond'] for row in rows) >> 20} MiB beyond, allowed {allowed >> 20}")
     if options.json:
         options.json.write_text(json.dumps({"bytes": nbytes, "largest": largest, "rows": rows}, indent=1) + "\n")
 
 
-def report(rows: list[dict[str, Any]], copies: list[tuple[float, float, float]], nbytes: int, largest: int) -> None:
-    allowed = largest + LIMIT_BEYOND
-    print(
-        f"\nmemory: at most {max(row['beyond'] for row in rows) / 2**20:.0f} MiB beyond, allowed {allowed / 2**20:.0f}"
+def line(row: dict[str, Any], nbytes: int) -> str:
+    """One step's figures as a line."""
+    text = (
+        f"{row['step']:<34}{row['seconds']:>6.1f} s {nbytes / row['seconds'] / 1e6:>6.0f} MB/s  work "
+        f"{nbytes / row['work'] / 1e6:>6.0f} MB/s  processors {row['processor_seconds']:>5.1f} s  beyond "
+        f"{row['beyond'] >> 20:>5} MiB  load {row['load']:.1f}"
     )
-    if not copies:
-        return
-    plain, flushed = (sum(pair[i] for pair in copies) / len(copies) for i in (0, 1))
-    print(f"cp {nbytes / plain / 1e6:.0f} MB/s, flushed {nbytes / flushed / 1e6:.0f} MB/s; rates as a part of those:")
-    for row in rows:
-        if not row["step"].startswith("cp"):
-            print(
-                f"{row['step']:<34}{plain / row['seconds']:>6.0%} of cp, {flushed / row['seconds']:>5.0%} of cp flushed"
-            )
+    if row["cp"] is not None:
+        text += (
+            f"   {row['cp'] / row['seconds']:>5.0%} of cp ({nbytes / row['cp'] / 1e6:.0f} MB/s; work "
+            f"{row['cp'] / row['work']:.0%}), {row['cp_flushed'] / row['seconds']:>5.0%} of cp flushed"
+        )
+    return text
+
+
+def ceilings(nbytes: int, file: Path) -> None:
+    """What bounds every step: digesting, in one thread and in two, and reading from the page cache."""
+    block = np.random.default_rng(1).bytes(16 << 20)
+
+    def rate(work: Callable[[], Any], size: int, threads: int = 1) -> float:
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda _: work(), range(threads)))
+        return threads * size / (time.perf_counter() - begin) / 1e6
+
+    def read() -> None:
+        with file.open("rb", buffering=0) as opened:
+            memory = bytearray(1 << 20)
+            while opened.readinto(memory):
+                pass
+
+    rates = {f"read {nbytes / 1e9:.1f} GB": rate(read, nbytes)}
+    for name, digest in (("SHA-256", hashlib.sha256), ("BLAKE3", blake3)):
+        for threads in (1, 2):
+            work = functools.partial(_many, digest, block)
+            rates[f"{name} in {threads} threads"] = rate(work, _TIMES * len(block), threads)
+    print("MB/s: " + ", ".join(f"{name} {value:.0f}" for name, value in rates.items()))
+
+
+_TIMES = 30
+
+
+def _many(digest: Any, block: bytes) -> None:
+    for _ in range(_TIMES):
+        digest(block).digest()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,17 @@ def relative(box: Box, origin: Box) -> Box:
     return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, origin, strict=True))
 
 
+def run_of(shape: Sequence[int], box: Box) -> int | None:
+    """The number of the first element of a box in a C-ordered tensor; None where the box does not lie in one run."""
+    first, whole_behind, stride = 0, True, 1
+    for size, (start, stop) in reversed(list(zip(shape, box, strict=True))):
+        if not whole_behind and stop - start != 1:
+            return None
+        whole_behind = whole_behind and stop - start == size
+        first, stride = first + start * stride, stride * size
+    return first
+
+
 def pieces(box: Box, itemsize: int, most_bytes: int) -> Iterator[Box]:
     """Cut a box into pieces of at most ``most_bytes``, each contiguous where the box lies in C order.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,7 +22,7 @@ from spmd_infer.checkpoints.derived import stored_chunks
 from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.manifest import Chunk
 from spmd_infer.checkpoints.pipeline import Pipeline
-from spmd_infer.checkpoints.reader import Reader, TensorInfo, read_into, takes_whole
+from spmd_infer.checkpoints.reader import Reader, TensorInfo, read_into, stream, takes_whole
 from spmd_infer.checkpoints.remote import named, object_at
 from spmd_infer.errors import CheckpointError
 
@@ -101,6 +101,16 @@ class Writing(Protocol):
         """
         ...
 
+    def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
+        """Whether a band of this dtype may be written with ``put_blocks``."""
+        ...
+
+    def put_blocks(
+        self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
+    ) -> None:
+        """Write one band from its bytes in C order, which come block by block in the same memory."""
+        ...
+
 
 class Sink(Protocol):
     """Where tensors go, in a work folder; it remembers what a run before has finished."""
@@ -166,6 +176,10 @@ def copy_tensors(reader: Reader, sink: Sink, advance: Advance, only: Container[s
 def _move(
     reader: Reader, info: TensorInfo, writing: Writing, band: Box, scratch: Scratch, known: Mapping[Box, Chunk]
 ) -> None:
+    blocks = stream(reader, info.name, band, scratch) if writing.streams(band, info.dtype) else None
+    if blocks is not None:
+        writing.put_blocks(band, blocks, known)
+        return
     values = scratch.take(box_shape(band), info.dtype)
     read_into(reader, info.name, band, values)
     writing.put(band, values, known)

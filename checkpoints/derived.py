@@ -5,7 +5,7 @@ A change is a reader made from a reader, so that changes can be stacked and what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices
+from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.manifest import Chunk
 from spmd_infer.checkpoints.native_reader import NativeReader
-from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo, bounds, find_tensor, read_into, takes_whole
+from spmd_infer.checkpoints.reader import Index, Reader, TensorInfo, bounds, find_tensor, read_into, stream, takes_whole
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes, Source
 
@@ -100,6 +101,11 @@ class DerivedReader:
             read_into(self.base, tensor.origin, box, out)
         else:
             np.copyto(out, tensor.read(box))
+
+    def stream(self, name: str, box: Box, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]] | None:
+        """The bytes of a box block by block, where the tensor is not changed; see ``Reader``."""
+        origin = self.derived[name].origin
+        return stream(self.base, origin, box, scratch) if origin is not None else None
 
     def takes_whole(self, name: str) -> bool:
         """Whether a tensor should be read all at once; see ``Reader``."""

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,14 @@ class FileBytes:
                     f"it had {self.size} bytes when it was opened"
                 )
             done += count
+
+    def stream(self, offset: int, count: int, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]]:
+        """Read ``count`` bytes block by block, each into the same memory."""
+        memory = scratch.take((self.block_bytes,), np.uint8)
+        for start in range(0, count, self.block_bytes):
+            block = memory[: count - start]
+            self.fill(block, offset + start)
+            yield block
 
     def head(self, count: int, offset: int = 0) -> bytes:
         """Up to ``count`` bytes from ``offset`` on; fewer where the file ends."""

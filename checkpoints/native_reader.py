@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from spmd_infer.checkpoints import digests, quantise
 from spmd_infer.checkpoints.boxes import Box, box_shape, elements, intersection, part, relative
-from spmd_infer.checkpoints.file_bytes import FileBytes, aligned_empty
+from spmd_infer.checkpoints.file_bytes import FileBytes, Scratch, aligned_empty
 from spmd_infer.checkpoints.folder_files import read_json
 from spmd_infer.checkpoints.manifest import (
     DTYPES,
@@ -61,6 +61,7 @@ class NativeReader:
         self.verify: Verify = verify
         self.manifest: Manifest = read_manifest(path)
         self._verified: set[tuple[int, int]] = set()
+        self._by_box: dict[str, Mapping[Box, Chunk]] = {}
         self._files = list(self._open_files())
         model = self.manifest.model
         self.family = model.family
@@ -111,6 +112,21 @@ class NativeReader:
             )
             quantise.dequantise(quantised.kind, values, scales, box, quantised.group, out)
 
+    def stream(self, name: str, box: Box, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]] | None:
+        """The bytes of one chunk block by block, its digest compared at the end; see ``Reader``."""
+        chunk = self.stored_chunks(name).get(box)
+        return None if chunk is None else self._stream(name, chunk, scratch)
+
+    def _stream(self, name: str, chunk: Chunk, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]]:
+        file = self._files[chunk.file]
+        if self.verify != "full" or (chunk.file, chunk.offset) in self._verified:
+            yield from file.stream(chunk.offset, chunk.nbytes, scratch)
+            return
+        memory = scratch.take((file.block_bytes,), np.uint8)
+        for _, block in chunk_blocks(file, name, chunk, "blake3" if chunk.blake3 else "sha256", memory):
+            yield block
+        self._verified.add((chunk.file, chunk.offset))
+
     def read_stored(self, name: str, box: Box) -> npt.NDArray[Any]:
         """A box of a stored array, the parts of quantised tensors among them."""
         out = aligned_empty(box_shape(box), DTYPES[self.manifest.arrays[name].dtype])
@@ -119,8 +135,10 @@ class NativeReader:
 
     def stored_chunks(self, name: str) -> Mapping[Box, Chunk]:
         """The chunks of a tensor by their boxes; none where it is stored quantised."""
-        entry = self.manifest.arrays.get(name)
-        return {chunk.box: chunk for chunk in entry.chunks} if entry is not None else {}
+        if name not in self._by_box:
+            entry = self.manifest.arrays.get(name)
+            self._by_box[name] = {chunk.box: chunk for chunk in entry.chunks} if entry is not None else {}
+        return self._by_box[name]
 
     @property
     def files(self) -> Sequence[FileBytes]:

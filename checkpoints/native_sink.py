@@ -97,7 +97,7 @@ class NativeSink:
 
 
 class _Quantising:
-    """A tensor on its way into small numbers and scales."""
+    """A tensor on its way into small numbers and scales; see ``copying.Writing``."""
 
     def __init__(self, kind: str, group: int, bands: Sequence[Box], small: ArrayWriting, scales: ArrayWriting) -> None:
         self._kind, self._group, self.bands, self.small, self.scales = kind, group, bands, small, scales
@@ -108,6 +108,10 @@ class _Quantising:
             (self.small, self.scales), quantise.quantise(self._kind, values, self._group), strict=True
         ):
             part.put((*band[:-1], (0, made.shape[-1])), made)
+
+    def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
+        """Never: values are computed with."""
+        return False
 
 
 def _rows(info: TensorInfo) -> Iterator[Box]:

@@ -81,21 +81,33 @@ class ArrayWriting:
             )
         for place in self._places[band]:
             raw = digests.flat_bytes(_packed(part(values, relative(place.box, band)), self._dtype, self.name))
-            same = known.get(place.box) if known else None
-            if same is not None and same.blake3:
-                self._writer.write(place.file, place.offset, raw)
-                sha256, blake3 = same.sha256, same.blake3
-            else:
-                slow, fast = digests.new("sha256"), digests.new("blake3")
-                for at, block in digests.blocks(raw):
-                    slow.update(block.data)
-                    fast.update(block.data)
-                    self._writer.write(place.file, place.offset + at, block)
-                sha256, blake3 = slow.hexdigest(), fast.hexdigest()
-            start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
-            self._chunks[place.file, place.offset] = Chunk(
-                place.file, place.offset, raw.nbytes, start, stop, sha256, blake3
-            )
+            self._put(place, (block for _, block in digests.blocks(raw)), known)
+
+    def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
+        """Whether a band of that dtype may be put block by block: it is one chunk, and nothing is cast."""
+        return dtype == self._dtype and [place.box for place in self._places[band]] == [band]
+
+    def put_blocks(
+        self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
+    ) -> None:
+        """Write a band for which ``streams`` is true from its bytes in C order; as ``put`` otherwise."""
+        self._put(self._places[band][0], blocks, known)
+
+    def _put(self, place: _Place, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None) -> None:
+        same = known.get(place.box) if known else None
+        if same is not None and not same.blake3:
+            same = None
+        slow, fast = digests.new("sha256"), digests.new("blake3")
+        nbytes = 0
+        for block in blocks:
+            if same is None:
+                slow.update(block.data)
+                fast.update(block.data)
+            self._writer.write(place.file, place.offset + nbytes, block)
+            nbytes += block.size
+        sha256, blake3 = (same.sha256, same.blake3) if same else (slow.hexdigest(), fast.hexdigest())
+        start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
+        self._chunks[place.file, place.offset] = Chunk(place.file, place.offset, nbytes, start, stop, sha256, blake3)
 
     def end(self) -> ArrayEntry:
         """The array's entry, when all its bands have been put; with what has been written of it before."""
@@ -227,11 +239,13 @@ def file_bytes_for(target: Path) -> int:
 
 
 def bands_of(shape: Sequence[int], dtype: np.dtype[Any], boxes: Sequence[tuple[Box, int]]) -> Iterator[Box]:
-    """How a tensor is best read to be cut into boxes: rows that lie together in it, each row once."""
-    if len(boxes) == 1:
-        return pieces(boxes[0][0], dtype.itemsize, CHUNK_BYTES)
+    """How a tensor is best read to be cut into boxes: chunk by chunk, or by rows where those go to several boxes."""
     cut = any(bounds != (0, size) for box, _ in boxes for bounds, size in zip(box[1:], shape[1:], strict=True))
-    return pieces(whole(shape), dtype.itemsize, BAND_BYTES if cut else CHUNK_BYTES)
+    if cut and len(boxes) > 1:
+        yield from pieces(whole(shape), dtype.itemsize, BAND_BYTES)
+        return
+    for box, _ in sorted(boxes):
+        yield from pieces(box, dtype.itemsize, CHUNK_BYTES)
 
 
 def journal_step(entries: Mapping[str, ArrayEntry], files: Sequence[str]) -> dict[str, object]:

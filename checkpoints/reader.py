@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices
+from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.errors import CheckpointError
 
 Index = tuple[slice, ...]
@@ -58,8 +59,9 @@ class Reader(Protocol):
 
     A reader may also have ``read_into(name, box, out)``, which spares a copy: it reads a box (start and stop in each
     dimension) into C-ordered memory of the box's shape and the tensor's dtype; and ``takes_whole(name)``, which says
-    whether reading any part of a tensor costs as much as reading all of it, so that it should be read once. One of a
-    format with quantised tensors may have ``read_quantised(name, index)``, which gives them as they are stored.
+    whether reading any part of a tensor costs as much as reading all of it, so that it should be read once. It may
+    have ``stream(name, box, scratch)``, the bytes of a box block by block, each in the same memory, or None where the
+    format does not keep them together; and ``read_quantised(name, index)``, quantised tensors as they are stored.
     """
 
     @property
@@ -117,6 +119,13 @@ def read_into(reader: Reader, name: str, box: Box, out: npt.NDArray[Any]) -> Non
         direct(name, box, out)
     else:
         np.copyto(out, reader.read(name, as_slices(box)))
+
+
+def stream(reader: Reader, name: str, box: Box, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]] | None:
+    """The bytes of a box block by block; None where the reader cannot give them so."""
+    streams: Callable[[str, Box, Scratch], Iterator[npt.NDArray[np.uint8]] | None] | None
+    streams = getattr(reader, "stream", None)
+    return streams(name, box, scratch) if streams is not None else None
 
 
 def takes_whole(reader: Reader, name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from spmd_infer.checkpoints.boxes import Box
-from spmd_infer.checkpoints.file_bytes import FileBytes
+from spmd_infer.checkpoints.boxes import Box, elements, run_of
+from spmd_infer.checkpoints.file_bytes import FileBytes, Scratch
 from spmd_infer.checkpoints.folder_files import architecture_of, inside, read_config, read_json
 from spmd_infer.checkpoints.reader import (
     Index,
@@ -91,6 +91,15 @@ class SafetensorsReader:
         """Read a box of a tensor into memory that is there; see ``Reader``."""
         place = self._places[name]
         place.bytes_of.read_into(place.offset, self.tensors[name].shape, box, out)
+
+    def stream(self, name: str, box: Box, scratch: Scratch) -> Iterator[npt.NDArray[np.uint8]] | None:
+        """The bytes of a box block by block, where they lie together; see ``Reader``."""
+        place, info = self._places[name], self.tensors[name]
+        first = run_of(info.shape, box)
+        if first is None:
+            return None
+        itemsize = info.dtype.itemsize
+        return place.bytes_of.stream(place.offset + first * itemsize, elements(box) * itemsize, scratch)
 
     def _open_folder(self) -> None:
         files = sorted(self.folder.glob("*" + SUFFIX))

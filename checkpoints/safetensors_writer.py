@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints import digests
-from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces, whole
+from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces, run_of, whole
 from spmd_infer.checkpoints.copying import BUDGET_BYTES, Advance, CopyPlan, copy_tensors, plan_copy, work_key
 from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.folder_files import CONFIG_NAME
@@ -59,19 +58,27 @@ class _Writing:
 
     def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
         """Write one band; see ``copying.Writing``."""
-        strides = [prod(self._info.shape[d + 1 :]) for d in range(len(band))]
-        first = sum(start * stride for (start, _), stride in zip(band, strides, strict=True))
-        begin, raw = self._start + first * values.dtype.itemsize, digests.flat_bytes(values)
-        same = known.get(band) if known else None
-        if same is not None and same.blake3:
-            self.digests[band] = same.blake3
-            write_at(self._descriptor, raw.data, begin)
-            return
+        self.put_blocks(band, (block for _, block in digests.blocks(digests.flat_bytes(values))), known)
+
+    def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
+        """Whether a band may be put block by block: always, it lies in one run; see ``copying.Writing``."""
+        return dtype == self._info.dtype
+
+    def put_blocks(
+        self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
+    ) -> None:
+        """Write one band from its bytes; see ``copying.Writing``."""
+        first = run_of(self._info.shape, band)
+        assert first is not None
+        offset = self._start + first * self._info.dtype.itemsize
+        same = known[band].blake3 if known and band in known else ""
         digest = digests.new("blake3")
-        for start, block in digests.blocks(raw):
-            digest.update(block.data)
-            write_at(self._descriptor, block.data, begin + start)
-        self.digests[band] = digest.hexdigest()
+        for block in blocks:
+            if not same:
+                digest.update(block.data)
+            write_at(self._descriptor, block.data, offset)
+            offset += block.size
+        self.digests[band] = same or digest.hexdigest()
 
 
 class SafetensorsSink:

@@ -225,8 +225,8 @@ def test_what_was_done_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
     assert len(before) == 1
     reads: list[str] = []
     watched = prepare(source)
-    original = source.read_into
-    source.read_into = lambda name, box, out: (reads.append(name), original(name, box, out))[1]  # type: ignore[method-assign,func-returns-value]  # watched
+    original = source.stream
+    source.stream = lambda name, box, scratch: (reads.append(name), original(name, box, scratch))[1]  # type: ignore[method-assign,func-returns-value]  # watched
     watched.run(target, "convert")
     assert set(reads) == {"t3.weight", "t4.weight", "t5.weight"}
     assert read_all(target) == read_all(tmp_path / "source.safetensors")
