@@ -43,9 +43,11 @@ class Programs:
     Attributes:
         placement: the model that they run, and where it is. Programs compiled for an earlier placement are kept, and
             found again when the model is back there.
+        compile_seconds: seconds spent compiling, summed over programs.
     """
 
     placement: Placement
+    compile_seconds: float = 0.0
     _programs: dict[Hashable, Future[Program]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -53,11 +55,6 @@ class Programs:
     def compiles(self) -> int:
         """How many programs have been compiled."""
         return sum(1 for future in list(self._programs.values()) if future.done() and not future.exception())
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds spent compiling, summed over programs."""
-        return sum(program.seconds for program in self.finished())
 
     def finished(self) -> list[Program]:
         """The programs compiled so far."""
@@ -101,7 +98,10 @@ class Programs:
                 future = self._programs[key] = Future()
         if mine:
             try:
-                future.set_result(self._compile(fn, args, name, in_shardings, donate, phase))
+                program = self._compile(fn, args, name, in_shardings, donate, phase)
+                with self._lock:
+                    self.compile_seconds += program.seconds
+                future.set_result(program)
             except BaseException as error:
                 del self._programs[key]  # a program that failed to compile may be tried again
                 future.set_exception(error)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from spmd_infer.generation.batches import Layout, page_arrays
 from spmd_infer.generation.cache import cache_dtype
+from spmd_infer.generation.constraints import fill_masks
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, page_bytes, pages_axes
 from spmd_infer.generation.page_tables import PageTables
 from spmd_infer.generation.requests import Request, Scores
@@ -260,9 +261,10 @@ class Executor:
         self._rules, self._widths = empty, widths
 
     def _masks(self, layout: Layout, requests: Sequence[Request]) -> Any:
-        lines = np.full((len(requests) + 1, self._words), 0xFFFFFFFF, np.uint32)
-        for line, request in zip(lines, requests, strict=False):
-            request.fill_mask(line)
+        lines = np.empty((len(requests) + 1, self._words), np.uint32)
+        failures = fill_masks(lines, [*(request.mask_rule for request in requests), None])
+        for index, error in failures.items():
+            requests[index].fail(error)
         return layout.arrays(lines)
 
     def _bucket(self, kind: str, rows: int) -> int:

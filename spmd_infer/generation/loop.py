@@ -179,11 +179,13 @@ class GenerationLoop:
             return bool(self._requests)
 
     def _read(self, step: Dispatched) -> None:
+        now = None
         for request, token, scores in step.read():
-            if request.finish_reason is not None:
-                continue
+            if request.request_id not in self._requests:
+                continue  # it ended a step before
+            now = now or self.clock()
             self._scheduler.accept(request.request_id, [token])
-            if request.push(token, scores, self.clock()):
+            if request.finish_reason is not None or request.push(token, scores, now):
                 self._forget(request)
 
     def _forget(self, request: Request) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from spmd_infer.errors import TaskError
+from spmd_infer.generation.constraints import Constraint
 from spmd_infer.generation.detokenizer import Detokenizer
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.token_rules import TokenIds
 from spmd_infer.generation.token_state import token_bits
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 RequestId = str
 
 
@@ -32,16 +34,6 @@ class Scores:
     logprob: float
     top_ids: npt.NDArray[np.int32]
     top_logprobs: npt.NDArray[np.float32]
-
-
-class Constraint(Protocol):
-    """What keeps a text in shape, token by token."""
-
-    def fill_mask(self, mask: npt.NDArray[np.uint32]) -> None:
-        """Write the bits of the tokens that may come next."""
-
-    def advance(self, token: int) -> None:
-        """Take the token that came."""
 
 
 class Request:
@@ -62,6 +54,7 @@ class Request:
         token_ids: what was generated, the token that ended it included.
         scores: of each token, where the parameters ask for them.
         finish_reason: None while it runs.
+        error: what went wrong, where the finish reason is ``"error"``.
         stop_reason: the token or string that ended it; None for the model's own end tokens and other reasons.
         submitted: when it was handed in, in seconds.
         started: when its prompt was first run.
@@ -92,6 +85,7 @@ class Request:
         self.token_ids: list[int] = []
         self.scores: list[Scores] = []
         self.finish_reason: FinishReason | None = None
+        self.error: TaskError | None = None
         self.stop_reason: int | str | None = None
         self.submitted = submitted
         self.started: float | None = None
@@ -125,12 +119,15 @@ class Request:
             self.stop_reason = token if token in self.params.stop_token_ids else None
             self._end("stop")
             return True
-        if self.constraint is not None:
-            self.constraint.advance(token)
+        if self.constraint is not None and not self._advance(self.constraint, token):
+            return True
         text = self._stop.push(self._detokenizer.push(token), watch=count >= self.params.min_tokens)
         if self._stop.stopped is not None:
             self.stop_reason = self._stop.stopped
             self.finish_reason = "stop"
+        elif self.constraint is not None and self.constraint.is_finished:
+            self.finish_reason = "stop"
+            text += self._rest()
         elif count == self.params.max_tokens:
             self.finish_reason = "length"
             text += self._rest()
@@ -138,16 +135,27 @@ class Request:
         return self.finish_reason is not None
 
     def end(self, reason: FinishReason) -> None:
-        """End it from outside: cancelled, or its deadline passed."""
+        """End it from outside, unless it has ended."""
         if self.finish_reason is None:
             self._end(reason)
 
-    def fill_mask(self, mask: npt.NDArray[np.uint32]) -> None:
-        """Write the bits of the tokens that may come next into ``mask``, which holds ones."""
-        if self.constraint is not None:
-            self.constraint.fill_mask(mask)
-        elif self._allowed is not None:
-            mask[:] = self._allowed
+    def fail(self, error: TaskError) -> None:
+        """End it because of an error of its own; the others go on."""
+        self.error = error
+        self.end("error")
+
+    @property
+    def mask_rule(self) -> Constraint | npt.NDArray[np.uint32] | None:
+        """What says which tokens may come next; None where all may."""
+        return self.constraint if self.constraint is not None else self._allowed
+
+    def _advance(self, constraint: Constraint, token: int) -> bool:
+        try:
+            constraint.advance(token)
+        except TaskError as error:
+            self.fail(error)
+            return False
+        return True
 
     def _end(self, reason: FinishReason) -> None:
         self.finish_reason = reason

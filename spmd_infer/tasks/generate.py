@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import count, pairwise
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +15,16 @@ import numpy.typing as npt
 
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.bad_words import bad_word_ids
+from spmd_infer.generation.beam_loop import search
+from spmd_infer.generation.constraints import ConstraintCompiler
+from spmd_infer.generation.executor import MOST_STOPS
 from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
-from spmd_infer.generation.requests import FinishReason, Request, Scores
+from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, check_vocabulary, stop_tokens
 from spmd_infer.generation.scoring import Scorer
+from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.tokenizer import Tokenizer
+from spmd_infer.tasks.completions import Completion, completion_of, completion_of_beams, imbalance
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -27,55 +32,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 OnText = Callable[[int, str], None]
 Prompt = str | Sequence[int] | Sequence[Message]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """How one prompt was continued.
-
-    Attributes:
-        text: what follows the prompt, without the stop string or end token that ended it.
-        token_ids: the generated tokens, the one that ended the text included.
-        finish_reason: ``"stop"`` at an end token, stop token or stop string; ``"length"`` after ``max_tokens``;
-            ``"cancelled"``; ``"deadline"`` where it passed before the prompt was run.
-        stop_reason: the stop token or stop string that ended it; None for the model's own end tokens.
-        prompt_tokens: tokens of the prompt.
-        cached_tokens: those of them whose keys and values an earlier prompt had left.
-        scores: log-probabilities of each token, where ``logprobs`` asked for them.
-        params: the values in force.
-        queue_s: seconds from the call until the prompt was run. All times are without compiling.
-        ttft_s: seconds from the call to the first token.
-        inter_token_s: seconds between one token and the next, for each after the first.
-        compile_s: seconds that the whole call spent compiling.
-        imbalance: prompt tokens of the call in the fullest part of the rows over the mean of all parts; 1 is even.
-        others: further continuations of the same prompt, where ``n`` asked for them.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stop_reason: int | str | None
-    prompt_tokens: int
-    cached_tokens: int
-    scores: tuple[Scores, ...]
-    params: SamplingParams
-    queue_s: float
-    ttft_s: float
-    inter_token_s: tuple[float, ...]
-    compile_s: float
-    imbalance: float
-    others: tuple[Completion, ...] = ()
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens after the first, per second; 0 where there is only one."""
-        seconds = sum(self.inter_token_s)
-        return len(self.inter_token_s) / seconds if seconds > 0 else 0.0
-
-    @property
-    def cumulative_logprob(self) -> float:
-        """The log-probability of all its tokens, where ``logprobs`` asked for them."""
-        return sum(score.logprob for score in self.scores)
 
 
 class Generate:
@@ -133,6 +89,7 @@ class Generate:
         groups = [
             self._requests(ids, own, None if on_text is None else _telling(on_text, index))
             for index, (ids, own) in enumerate(checked)
+            if own.num_beams == 1
         ]
         submitted: list[Request] = []
         try:
@@ -144,9 +101,13 @@ class Generate:
             for request in submitted:
                 self.loop.cancel(request)
             raise
+        searched = [self._search(ids, own) if own.num_beams > 1 else None for ids, own in checked]
         compiled = self._engine.compile_seconds - compiling
-        imbalance = _imbalance(submitted, self._engine.data_parts)
-        return [_completion(group, own, compiled, imbalance) for group, (_, own) in zip(groups, checked, strict=True)]
+        uneven, sampled = imbalance(submitted, self._engine.data_parts), iter(groups)
+        return [
+            found or completion_of(next(sampled), own, compiled, uneven)
+            for found, (_, own) in zip(searched, checked, strict=True)
+        ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
         """Continue one prompt, piece by piece. Closing the iterator cancels the request.
@@ -238,9 +199,15 @@ class Generate:
         """The continuations of one prompt."""
         words = bad_word_ids(params.bad_words, self.tokenizer, self._config.vocab_size)
         ends = stop_tokens(params, self.tokenizer.eos_ids)
-        number = next(self._ids)
+        if params.min_tokens and len(ends) > MOST_STOPS:
+            raise TaskError(
+                f"min_tokens with {len(ends)} end and stop tokens; with min_tokens there may be {MOST_STOPS} of them"
+            )
         if params.samples > params.n and params.logprobs is None:
             params = replace(params, logprobs=0)  # the likeliest are to be found
+        shape = params.structured_outputs
+        constraint = None if shape is None else self._constraints.compile(shape)
+        number = next(self._ids)
         return [
             Request(
                 f"{number}.{branch}",
@@ -250,10 +217,43 @@ class Generate:
                 detokenizer=self.tokenizer.stream(skip_special=own.skip_special_tokens, at_start=False),
                 vocab_size=self._config.vocab_size,
                 bad_words=words,
+                constraint=constraint if constraint is None or branch == 0 else constraint.fork(),
                 on_text=on_text if branch == 0 else None,
             )
             for branch, own in enumerate(params.branches())
         ]
+
+    def _search(self, ids: list[int], params: SamplingParams) -> Completion:
+        """Continue one prompt by beam search."""
+        ends = stop_tokens(params, self.tokenizer.eos_ids)
+
+        def ended(tokens: tuple[int, ...]) -> bool:
+            return tokens[-1] in ends or (bool(params.stop) and self._stopped(tokens, params) is not None)
+
+        started, compiling = self.loop.clock(), self._engine.compile_seconds
+        found = search(self.loop, lambda tokens, step: self._requests(tokens, step, None)[0], ids, params, ended)
+        texts = []
+        for hypothesis in found:
+            text = self.tokenizer.decode(hypothesis.tokens, skip_special=params.skip_special_tokens)
+            stopped = self._stopped(hypothesis.tokens, params)
+            texts.append(text if stopped is None else stopped)
+        return completion_of_beams(
+            list(zip(found, texts, strict=True)),
+            len(ids),
+            params,
+            self.loop.clock() - started,
+            self._engine.compile_seconds - compiling,
+        )
+
+    def _stopped(self, tokens: Sequence[int], params: SamplingParams) -> str | None:
+        """The text up to a stop string in it; None where there is none."""
+        stop = StopText(params.stop, include=params.include_stop_str_in_output)
+        text = stop.push(self.tokenizer.decode(tokens, skip_special=params.skip_special_tokens))
+        return text if stop.stopped is not None else None
+
+    @cached_property
+    def _constraints(self) -> ConstraintCompiler:
+        return ConstraintCompiler(self.tokenizer, self._config.vocab_size)
 
 
 def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_size: int, context_len: int) -> None:
@@ -321,39 +321,3 @@ def _each_params(params: SamplingParams | Sequence[SamplingParams] | None, count
             f"there are {count} prompts but {len(params)} sampling parameters; give one for all, or one each"
         )
     return list(params)
-
-
-def _imbalance(requests: Sequence[Request], parts: int) -> float:
-    tokens = [0] * parts
-    for request in requests:
-        tokens[request.part] += len(request.prompt_ids)
-    return max(tokens) * parts / sum(tokens)
-
-
-def _completion(group: Sequence[Request], params: SamplingParams, compiled: float, imbalance: float) -> Completion:
-    """The best continuation of a prompt, with the others that were asked for behind it."""
-    ranked = list(group)
-    if params.samples > params.n:
-        ranked.sort(key=lambda request: -sum(score.logprob for score in request.scores))
-    first, *others = [_one(request, compiled, imbalance) for request in ranked[: params.n]]
-    return replace(first, others=tuple(others))
-
-
-def _one(request: Request, compiled: float, imbalance: float) -> Completion:
-    assert request.finish_reason is not None  # the loop ends with every request
-    times = request.token_times or [request.submitted]
-    return Completion(
-        text=request.text,
-        token_ids=tuple(request.token_ids),
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        prompt_tokens=len(request.prompt_ids),
-        cached_tokens=request.cached_tokens,
-        scores=tuple(request.scores),
-        params=request.params,
-        queue_s=(request.started or times[0]) - request.submitted,
-        ttft_s=times[0] - request.submitted,
-        inter_token_s=tuple(after - before for before, after in pairwise(times)),
-        compile_s=compiled,
-        imbalance=imbalance,
-    )
