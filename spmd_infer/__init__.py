@@ -15,22 +15,25 @@ if TYPE_CHECKING:
     from spmd_infer.axes import AxisRules, axis_scope, constrain
     from spmd_infer.engine import Engine
     from spmd_infer.errors import SpmdInferError
-    from spmd_infer.generation.sampling import SamplingParams
+    from spmd_infer.generation.loop import GenerationOptions
+    from spmd_infer.generation.sampling_params import SamplingParams
+    from spmd_infer.generation.structured_outputs import StructuredOutputs
     from spmd_infer.mesh import MeshSpec
     from spmd_infer.multihost.start import initialize
     from spmd_infer.planning.layouts import find_layout
     from spmd_infer.planning.mesh_plan import MeshPlan
     from spmd_infer.planning.workload import Workload
     from spmd_infer.plans import plan
-    from spmd_infer.tasks.generate import Completion
+    from spmd_infer.tasks.completions import Completion
     from spmd_infer.tensors import InputSpec
 
 _HOME = {
     "Aggregate": "aggregate",
     "AxisRules": "axes",
-    "Completion": "tasks.generate",
+    "Completion": "tasks.completions",
     "Concat": "aggregate",
     "Engine": "engine",
+    "GenerationOptions": "generation.loop",
     "InputSpec": "tensors",
     "MajorityVote": "aggregate",
     "Max": "aggregate",
@@ -38,8 +41,9 @@ _HOME = {
     "MeshPlan": "planning.mesh_plan",
     "MeshSpec": "mesh",
     "Min": "aggregate",
-    "SamplingParams": "generation.sampling",
+    "SamplingParams": "generation.sampling_params",
     "SpmdInferError": "errors",
+    "StructuredOutputs": "generation.structured_outputs",
     "WeightedMean": "aggregate",
     "Workload": "planning.workload",
     "axis_scope": "axes",
@@ -55,6 +59,7 @@ __all__ = [
     "Completion",
     "Concat",
     "Engine",
+    "GenerationOptions",
     "InputSpec",
     "MajorityVote",
     "Max",
@@ -64,6 +69,7 @@ __all__ = [
     "Min",
     "SamplingParams",
     "SpmdInferError",
+    "StructuredOutputs",
     "WeightedMean",
     "Workload",
     "__version__",

@@ -7,7 +7,7 @@ buckets, run, cut back to its rows and put together. ``jit`` compiles other func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +34,7 @@ from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner, Results
 from spmd_infer.signature import Signature
 from spmd_infer.staging import base_axes, base_function
-from spmd_infer.task_table import find_task
+from spmd_infer.task_table import KeepsArrays, find_task
 from spmd_infer.tensors import Axes
 from spmd_infer.transfer import put
 
@@ -160,7 +160,8 @@ class Engine:
         """Move the live weights to another mesh or plan, device to device, without reading the checkpoint again.
 
         Weights move one after the other, so devices hold only few of them twice. Programs compiled before are kept:
-        back on an earlier mesh nothing is compiled again. Must not run while another thread uses the engine.
+        back on an earlier mesh nothing is compiled again. Keys and values of earlier prompts are let go. Must not run
+        while another thread uses the engine.
 
         Args:
             mesh: as for ``Engine``.
@@ -183,6 +184,9 @@ class Engine:
         )
         self._placement.move(function, plan, built)
         self._runner.buckets = self._make_buckets()
+        for task in self._tasks.values():
+            if isinstance(task, KeepsArrays):
+                task.mesh_changed()
         return plan
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -414,13 +418,17 @@ class Engine:
         """Bytes that each device holds: weights, and the scratch memory of the hungriest program compiled so far."""
         return memory_use(self.params, self._programs.finished())
 
-    def task(self, name: str) -> Any:
+    def task(self, name: str, options: Any = None) -> Any:
         """The engine's task of that name, built on first use.
+
+        Args:
+            name: ``generate``, ``embed``, ….
+            options: how the task works, such as ``GenerationOptions``; a task that exists is built anew with them.
 
         Raises:
             TaskError: there is no such task, or this model does not offer it.
         """
-        if name not in self._tasks:
+        if name not in self._tasks or options is not None:
             task = find_task(name)
             if self.family is None or self.family.task != name:
                 what = (
@@ -429,7 +437,7 @@ class Engine:
                     else "this is a model of your own"
                 )
                 raise TaskError(f"the loaded model cannot {name}: {what}; infer() takes tensors")
-            self._tasks[name] = task(self)
+            self._tasks[name] = task(self) if options is None else task(self, options)
         return self._tasks[name]
 
     def embed(self, texts: Any, **options: Any) -> Any:
@@ -443,6 +451,20 @@ class Engine:
     def generate(self, prompts: Any, params: Any = None, **options: Any) -> Any:
         """Continue prompts; see ``spmd_infer.tasks.generate.Generate``."""
         return self.task("generate")(prompts, params, **options)
+
+    def stream(self, prompt: Any, params: Any = None, **options: Any) -> Iterator[str]:
+        """Continue one prompt piece by piece; see ``spmd_infer.tasks.generate.Generate.stream``."""
+        pieces: Iterator[str] = self.task("generate").stream(prompt, params, **options)
+        return pieces
+
+    def astream(self, prompt: Any, params: Any = None, **options: Any) -> AsyncIterator[str]:
+        """As ``stream``, for ``async for``; see ``spmd_infer.tasks.generate.Generate.astream``."""
+        pieces: AsyncIterator[str] = self.task("generate").astream(prompt, params, **options)
+        return pieces
+
+    def score(self, texts: Any) -> Any:
+        """Log-probabilities of the tokens of texts; see ``spmd_infer.tasks.generate.Generate.score``."""
+        return self.task("generate").score(texts)
 
 
 def _resolve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from spmd_infer.errors import TaskError
 
@@ -17,6 +17,14 @@ _OWN = {
     "classify": "spmd_infer.tasks.classify:Classify",
     "generate": "spmd_infer.tasks.generate:Generate",
 }
+
+
+@runtime_checkable
+class KeepsArrays(Protocol):
+    """A task with arrays of its own on the devices."""
+
+    def mesh_changed(self) -> None:
+        """Lay them out anew, after the engine has moved to another mesh."""
 
 
 @cache

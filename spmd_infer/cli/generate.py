@@ -51,6 +51,12 @@ def generate(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a trace of where the time went, for Perfetto, to this file.", show_default=False
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     mesh: Mesh = "auto",
     devices: Devices = None,
@@ -73,9 +79,15 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    if trace is not None:
+        from spmd_infer.generation.trace import Trace
+
+        engine.task("generate").loop.trace = Trace()
     begin = time.perf_counter()
     completions = engine.generate(found, params, chat=chat, on_text=None if as_json else _printer(found, chat))
     seconds = time.perf_counter() - begin
+    if trace is not None:
+        engine.task("generate").loop.trace.write(trace)
     new = sum(len(completion.token_ids) for completion in completions)
 
     if as_json:

@@ -47,10 +47,12 @@ class Dispatched:
     """What a step chose, on its way from the devices.
 
     Attributes:
+        name: what it ran.
         chosen: for every row.
         rows: the requests that take a token from it, each with its part and row.
     """
 
+    name: str
     chosen: Chosen
     rows: tuple[tuple[Request, int, int], ...]
 
@@ -97,7 +99,7 @@ class Executor:
         self._prefill = engine.jit("prefill", prefill, donate=(0, 1), phase="prefill")
         self._decode = jit("decode", decode, donate=(0, 1, 2))
         self._forward = jit("forward", forward, donate=(0,))
-        self._choose = jit("choose", choose, donate=(0, 1, 2))
+        self._choose = jit("choose", choose, donate=(1, 2))
         self._row_buckets: dict[str, list[int]] = {}
 
     @property
@@ -186,7 +188,7 @@ class Executor:
         rows = [
             (span.request, part, row) for span, (part, row) in zip(spans, layout.places, strict=True) if span.chunk.last
         ]
-        return Dispatched(chosen, tuple(rows)) if rows else None
+        return Dispatched("prefill", chosen, tuple(rows)) if rows else None
 
     def decode(self, entries: Sequence[Entry], tables: Sequence[PageTables]) -> Pending:
         """Dispatch one token more of each entry.
@@ -220,7 +222,7 @@ class Executor:
             self._pages, self._state, self._rules if ruled else None, rows
         )
         self._rules = rules if ruled else self._rules
-        done = Dispatched(chosen, step)
+        done = Dispatched("decode", chosen, step)
         return Pending(lambda: done)
 
     def _finish(
@@ -228,7 +230,7 @@ class Executor:
     ) -> Dispatched:
         rows = replace(rows, mask=self._masks(layout, [request for request, _, _ in step]))
         chosen, self._state, self._rules = self._choose(logits, self._state, self._rules, rows)
-        return Dispatched(chosen, step)
+        return Dispatched("decode", chosen, step)
 
     def _entering(self, layout: Layout, spans: Sequence[_Span]) -> SlotRules:
         """The rules of requests that enter, after making room for them in every slot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from spmd_infer.generation.limits import Limits
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.scheduler import Scheduler
 from spmd_infer.generation.sequences import Sequence as Scheduled
+from spmd_infer.generation.step_plan import PrefillChunk
+from spmd_infer.generation.trace import Trace
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -61,6 +64,9 @@ class GenerationLoop:
         config: the decoder's sizes.
         eos_ids: the model's end tokens.
         options: how to generate.
+
+    Attributes:
+        trace: where the times of everything are written down; None for nowhere.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class GenerationLoop:
         self._wanted_pages = 0
         self._unread: list[Dispatched] = []
         self._lock = threading.RLock()
+        self.trace: Trace | None = None
 
     @property
     def scheduler(self) -> Scheduler:
@@ -145,6 +152,12 @@ class GenerationLoop:
                 request.end("cancelled")
                 self._forget(request)
 
+    def close(self) -> None:
+        """Cancel all that runs or waits."""
+        with self._lock:
+            for request in list(self._requests.values()):
+                self.cancel(request)
+
     def run(self, requests: Iterable[Request]) -> None:
         """Take turns until these requests have ended."""
         for request in requests:
@@ -154,33 +167,46 @@ class GenerationLoop:
     def turn(self) -> bool:
         """Plan and dispatch a step, and read the one before; returns whether there is more to do."""
         with self._lock:
-            plan = self._scheduler.plan(self.clock())
+            with self._spanned("plan"):
+                plan = self._scheduler.plan(self.clock())
             for sequence in (*plan.expired, *plan.rejected):
-                self._requests[str(sequence.id)].end("deadline")
-                self._forget(self._requests[str(sequence.id)])
+                request = self._requests[str(sequence.id)]
+                request.end("deadline")
+                self._forget(request)
             self._executor.copy(plan.copies)
-            dispatched = []
-            if plan.prefills:
-                starting = [self._requests[str(chunk.sequence.id)] for chunk in plan.prefills]
-                for chunk, request in zip(plan.prefills, starting, strict=True):
-                    if request.started is None:
-                        request.started, request.part = self.clock(), chunk.sequence.part
-                        request.cached_tokens = chunk.sequence.reused
-                dispatched += self._executor.prefill(plan.prefills, starting)
+            dispatched = self._prefill(plan.prefills)
             finish: Callable[[], Dispatched] | None = None
             if plan.decodes:
                 entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
-                finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
+                with self._spanned("dispatch decode", rows=len(entries)):
+                    finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
             unread, self._unread = self._unread, dispatched
             for step in unread:
                 self._read(step)
             if finish is not None:
-                self._unread.append(finish())
+                with self._spanned("choose"):
+                    self._unread.append(finish())
             return bool(self._requests)
 
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list[Dispatched]:
+        if not chunks:
+            return []
+        requests = [self._requests[str(chunk.sequence.id)] for chunk in chunks]
+        for chunk, request in zip(chunks, requests, strict=True):
+            if request.started is None:
+                request.started, request.part = self.clock(), chunk.sequence.part
+                request.cached_tokens = chunk.sequence.reused
+        with self._spanned("dispatch prefill", rows=len(chunks), tokens=sum(chunk.length for chunk in chunks)):
+            return self._executor.prefill(chunks, requests)
+
+    def _spanned(self, name: str, **facts: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.trace is None else self.trace.span(name, **facts)
+
     def _read(self, step: Dispatched) -> None:
+        with nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows)):
+            tokens = step.read()
         now = None
-        for request, token, scores in step.read():
+        for request, token, scores in tokens:
             if request.request_id not in self._requests:
                 continue  # it ended a step before
             now = now or self.clock()
@@ -193,6 +219,8 @@ class GenerationLoop:
         del self._requests[request.request_id]
         if sequence is not None:
             self._wanted_pages -= self._pages_of(sequence)
+        if self.trace is not None:
+            self.trace.request(request)
         if not self._requests:
             self._wanted_pages = 0
 

@@ -55,7 +55,8 @@ class Generate:
         self._engine = engine
         self._config: Any = engine.config
         self.tokenizer = Tokenizer.from_reader(engine.reader)
-        self.loop = GenerationLoop(engine, self._config, self.tokenizer.eos_ids, options)
+        self._options = options or GenerationOptions()
+        self.loop = GenerationLoop(engine, self._config, self.tokenizer.eos_ids, self._options)
         self._ids = count()
 
     def __call__(

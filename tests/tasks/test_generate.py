@@ -1,5 +1,7 @@
 """SmolLM2 continues prompts: tokens as transformers has them on every mesh, perplexity, stop strings, streaming."""
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import pytest
 import spmd_infer as si
 from spmd_infer.engine import Engine
 from spmd_infer.errors import TaskError
-from spmd_infer.tasks.generate import Completion, Generate
+from spmd_infer.generation.trace import Trace
+from spmd_infer.tasks.completions import Completion
+from spmd_infer.tasks.generate import Generate
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "llama_smollm2.npz"
 PROMPT = "The capital of France is"
 # What transformers 5 with torch generates greedily in float32 from the same file: tests/references/llama_smollm2.py.
+TOKENS = [504, 3575, 282, 4649, 314]
 CONTINUATION = " Paris.\n\nThe answer is: 2018-01"
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
@@ -115,6 +120,70 @@ def test_streams_add_up(engine: Engine) -> None:
     )
     assert ["".join(shown[index]) for index in (0, 1)] == [c.text for c in completions]
     assert len(shown[0]) > 10
+
+
+def test_streams_of_one_prompt(engine: Engine, tmp_path: Path) -> None:
+    params = si.SamplingParams(max_tokens=9)
+    pieces = list(engine.stream(PROMPT, params))
+    assert len(pieces) > 5
+    assert CONTINUATION.startswith("".join(pieces))
+
+    async def both() -> list[str]:
+        async def read(prompt: str) -> str:
+            return "".join([piece async for piece in engine.astream(prompt, params)])
+
+        return await asyncio.gather(read(PROMPT), read("Once upon a time"))
+
+    assert asyncio.run(both()) == ["".join(pieces), one(engine, "Once upon a time", max_tokens=9).text]
+
+    loop = engine.task("generate").loop
+    loop.trace = Trace()
+    started = engine.stream(PROMPT, si.SamplingParams(max_tokens=500, ignore_eos=True))
+    assert next(started) == " Paris"
+    started.close()  # cancels it
+    loop.turn()
+    assert len(loop.scheduler) == loop.scheduler.parts[0].pool.used == 0
+    loop.trace.write(tmp_path / "trace.json")
+    loop.trace = None
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"plan", "dispatch prefill", "dispatch decode", "wait", "prefill", "decode", "queue"} <= names
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_shapes_and_several_continuations(engine: Engine) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    shaped = si.SamplingParams(
+        max_tokens=40, temperature=1.0, seed=4, structured_outputs=si.StructuredOutputs(json=schema)
+    )
+    free = si.SamplingParams(max_tokens=12)
+    found = engine.generate(["Her age as JSON: ", PROMPT, "His age as JSON: "], [shaped, free, shaped])
+    for completion in (found[0], found[2]):
+        assert completion.finish_reason == "stop"
+        assert isinstance(json.loads(completion.text)["age"], int)
+    assert found[1].token_ids == one(engine, max_tokens=12).token_ids  # whatever shares its batch
+    with pytest.raises(TaskError, match="cannot be used"):
+        one(engine, structured_outputs=si.StructuredOutputs(regex="("))
+
+    several = one(engine, max_tokens=6, temperature=1.0, seed=3, n=2, best_of=4, logprobs=0)
+    totals = [each.cumulative_logprob / len(each.token_ids) for each in (several, *several.others)]
+    assert len(totals) == 2
+    assert totals == sorted(totals, reverse=True)
+
+    beams = one(engine, max_tokens=6, num_beams=3, n=2)
+    assert len(beams.others) == 1
+    likelihoods = [
+        score.sum()
+        for score in engine.score([[*TOKENS, *each.token_ids] for each in (beams, one(engine, max_tokens=6))])
+    ]
+    assert likelihoods[0] >= likelihoods[1] - 1e-3  # at least as likely as the greedy text
+
+
+def test_generates_on_after_a_move(smollm2: Path) -> None:
+    engine = Engine.load(smollm2, mesh="data=1,model=1", dtype="float32")
+    before = one(engine, max_tokens=6)
+    engine.reshard("data=2,model=1")
+    assert one(engine, max_tokens=6).token_ids == before.token_ids
 
 
 def test_seeds_reproduce_in_any_batch(engine: Engine) -> None:
