@@ -53,9 +53,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Write a trace of where the time went, for Perfetto, to this file.", show_default=False
-        ),
+        typer.Option(help="Write a trace of where the time went, for Perfetto, to this file.", show_default=False),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     mesh: Mesh = "auto",

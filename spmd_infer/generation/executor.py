@@ -209,6 +209,7 @@ class Executor:
             slots=slots,  # type: ignore[arg-type]  # numpy, as below
             view=PageView(**vars(page_arrays(layout, slots, tables))),
             flags=sampling_flags(params),  # type: ignore[arg-type]
+            ruled=layout.ints([p.needs_rules for p in params]) > 0 if ruled else None,  # type: ignore[arg-type]
             rule_flags=rule_flags(params) if ruled else None,  # type: ignore[arg-type]
             mask=None,
         )

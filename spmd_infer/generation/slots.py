@@ -61,6 +61,25 @@ class SlotRules:
     rules: TokenRules
     seen: TokenState
 
+    def only(self, ruled: jax.Array) -> SlotRules:
+        """With rules that change nothing in the rows where ``ruled [D, b]`` is false: their slots hold another's."""
+
+        def where(values: jax.Array, neutral: float) -> jax.Array:
+            return jnp.where(ruled.reshape(ruled.shape + (1,) * (values.ndim - 2)), values, neutral)
+
+        rules = self.rules
+        return replace(
+            self,
+            rules=replace(
+                rules,
+                repetition_penalty=where(rules.repetition_penalty, 1.0),
+                frequency_penalty=where(rules.frequency_penalty, 0.0),
+                presence_penalty=where(rules.presence_penalty, 0.0),
+                bias_ids=where(rules.bias_ids, -1),
+                bad_words=where(rules.bad_words, -1),
+            ),
+        )
+
     def counted(self, slots: jax.Array, tokens: jax.Array) -> SlotRules:
         """With one token ``[D, b]`` more in each of ``slots [D, b]``."""
         return replace(self, seen=jax.vmap(lambda seen, rows, new: seen.count(rows, new))(self.seen, slots, tokens))

@@ -93,13 +93,15 @@ class Rows:
         slots: ``[D, b]`` int32; the last slot for a row that only fills up.
         view: which pages they use; its ``limits`` are 1 for rows that run and 0 for those that only fill up.
         flags: what sampling may skip, the scalars of ``SamplingArrays`` by name.
-        rule_flags: those of ``TokenRules``; None where no row has rules.
+        ruled: ``[D, b]`` bool, which rows have rules; None where no row has.
+        rule_flags: the flags of ``TokenRules``; None likewise.
         mask: as for ``Chunk``.
     """
 
     slots: jax.Array
     view: PageView
     flags: dict[str, jax.Array]
+    ruled: jax.Array | None
     rule_flags: dict[str, jax.Array] | None
     mask: jax.Array | None
 
@@ -181,8 +183,8 @@ def choose(
     lengths, generated = take((state.lengths, state.generated), rows.slots)
     sampling = replace(take(state.sampling, rows.slots), **rows.flags)
     own = None
-    if rules is not None and rows.rule_flags is not None:
-        own = take(rules, rows.slots)
+    if rules is not None and rows.rule_flags is not None and rows.ruled is not None:
+        own = take(rules, rows.slots).only(rows.ruled)
         own = replace(own, rules=replace(own.rules, **rows.rule_flags))
     chosen, rules = _choose(logits, rows.slots, sampling, generated, rules, own, rows.mask)
     return chosen, state.advanced(rows.slots, chosen.tokens, lengths + 1, generated + 1), rules

@@ -134,6 +134,11 @@ class Generate:
         pieces, request = self._started(prompt, params, chat=chat)
         return self._async_pieces(pieces, request)
 
+    def mesh_changed(self) -> None:
+        """Start with an empty cache on the engine's new mesh; what was running has ended as cancelled."""
+        self.loop.close()
+        self.loop = GenerationLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
+
     def _started(self, prompt: Prompt, params: SamplingParams | None, *, chat: bool) -> tuple[deque[str], Request]:
         ((ids, each),) = self._checked([prompt], params, chat=chat)
         if each.samples > 1 or each.num_beams > 1:
