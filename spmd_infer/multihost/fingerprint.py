@@ -30,7 +30,7 @@ PREFIX = "JAX_"
 OWN_VARIABLES = frozenset(
     ("JAX_COMPILATION_CACHE_DIR", "JAX_LOCAL_DEVICE_IDS", "JAX_PROCESS_ID", "JAX_COORDINATOR_BIND_ADDRESS")
 )
-COMPARE_S = 60.0
+COMPARE_S = 600.0  # ranks may have compiled for minutes, some longer than others
 
 Fingerprint = Mapping[str, str]
 
