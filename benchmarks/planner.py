@@ -3,7 +3,7 @@
 Calibrate the machine first, so that the plan counts with what its cores reach:
 
     spmd-infer bench device --save && spmd-infer bench collectives --save
-    python benchmarks/planner.py [--json FILE] [--rounds 5]
+    python benchmarks/planner.py [--json FILE] [--rounds 5] [--only TEXT]
 
 Each case is measured on every data x model mesh of the devices, meshes in turn, round after round; medians.
 """
@@ -107,9 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     results = {}
     for name, case in CASES.items():
+        if options.only not in name:
+            continue
         found = results[name] = measure(case, options.rounds)
         best = min(seconds for _, seconds in found.values())
         picked, (_, seconds) = next(iter(found.items()))

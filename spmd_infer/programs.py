@@ -13,6 +13,7 @@ import jax
 
 from spmd_infer.axes import axis_scope
 from spmd_infer.placement import Placement
+from spmd_infer.scratch import keep_scratch
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class Programs:
     ) -> Program:
         started = time.perf_counter()
         rules, mesh = self.placement.rules(phase), self.placement.mesh
+        if mesh.devices.flat[0].platform == "cpu":
+            keep_scratch()
 
         def traced(*values: Any) -> Any:
             with axis_scope(rules, mesh):
