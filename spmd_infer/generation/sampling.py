@@ -23,11 +23,14 @@ import numpy as np
 
 from spmd_infer.axes import BATCH, VOCAB, constrain
 from spmd_infer.errors import TaskError
+from spmd_infer.generation.choices import Chosen, first_kept, likeliest
 from spmd_infer.generation.logprobs import no_scores, score_tokens
+from spmd_infer.generation.noise import gumbel
 from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
-from spmd_infer.generation.thresholds import filter_thresholds, min_p_threshold
+from spmd_infer.generation.thresholds import min_p_threshold, top_k_threshold
 from spmd_infer.generation.token_rules import TokenRules, apply_rules
 from spmd_infer.generation.token_state import TokenState
+from spmd_infer.generation.vocab_shards import VocabShard, over_vocabulary
 from spmd_infer.tensors import Axes
 
 
@@ -45,8 +48,8 @@ class SamplingArrays:
         min_tokens: ``[B]`` int32.
         stop_ids: ``[B, X]`` int32, the end and stop tokens of each row with ``min_tokens``, filled up with -1.
         draws: whether any row samples; where none does, the work is skipped on the device.
-        filters: whether any row has a top-k, top-p or min-p.
-        forbids: whether any row has ``min_tokens``.
+        filters: whether any row that samples has a top-k, top-p or min-p.
+        joins: whether any of them has both a top-k and a top-p, which is then of the probability of those k.
     """
 
     temperature: jax.Array
@@ -58,7 +61,7 @@ class SamplingArrays:
     stop_ids: jax.Array
     draws: jax.Array
     filters: jax.Array
-    forbids: jax.Array
+    joins: jax.Array
 
 
 _ROWS: Axes = (BATCH,)
@@ -72,7 +75,7 @@ SAMPLING_AXES: dict[str, Axes] = {
     "stop_ids": (BATCH, None),
     "draws": (),
     "filters": (),
-    "forbids": (),
+    "joins": (),
 }
 
 
@@ -134,7 +137,7 @@ def sampling_flags(params: Sequence[SamplingParams]) -> dict[str, np.ndarray]:
     return {
         "draws": np.array(bool(drawing)),
         "filters": np.array(any(p.top_k or p.top_p < 1 or p.min_p for p in drawing)),
-        "forbids": np.array(any(p.min_tokens for p in params)),
+        "joins": np.array(any(p.top_k and p.top_p < 1 for p in drawing)),
     }
 
 
@@ -193,60 +196,56 @@ def sample_by_rules(
     return Sampled(tokens, *scores)
 
 
-def _choose(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The tokens ``[B]``, and the numbers ``[B]`` that were the largest of their rows."""
-    # Functions of their own for every trace: JAX keeps the traces of named branches, and with them another mesh.
-    logits = jax.lax.cond(sampling.forbids, lambda *args: _forbid_ends(*args), lambda x, *_: x, logits, sampling, steps)
-    logits = constrain(logits, BATCH, VOCAB)
-    chosen: tuple[jax.Array, jax.Array] = jax.lax.cond(
-        sampling.draws, lambda *args: _draw(*args), lambda x, *_: _likeliest(x), logits, sampling, steps
+def _choose(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> Chosen:
+    logits = constrain(_forbid_ends(logits, sampling, steps), BATCH, VOCAB)
+    # A function of its own for every trace: JAX keeps the traces of named branches, and with them another mesh.
+    # Branches return a few numbers a row: XLA on CPU copies what they return, and logits are large.
+    chosen: Chosen = jax.lax.cond(
+        sampling.draws, lambda *args: _draw(*args), lambda x, *_: likeliest(x), logits, sampling, steps
     )
     return chosen
 
 
-def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first token of the largest logit in each row, ``[B]``, and that logit.
-
-    A maximum, then the first place where it stands: XLA on CPU runs these several times faster than ``argmax``, and a
-    vocabulary that is split over devices exchanges two numbers a row instead of all logits.
-    """
-    vocab = logits.shape[-1]
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    places = jnp.where(logits == largest, jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
-    return jnp.min(places, axis=-1), largest[:, 0]
-
-
 def _forbid_ends(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:
     """``logits`` with end tokens at minus infinity in the rows that are still too short."""
+
+    def forbid(shard: VocabShard, logits: jax.Array, ends: jax.Array) -> jax.Array:
+        rows = jnp.arange(logits.shape[0])[:, None]
+        return logits.at[rows, shard.local(ends, logits.shape[1])].set(-jnp.inf, mode="drop")
+
     early = (steps < sampling.min_tokens)[:, None]
-    tokens = jnp.arange(logits.shape[-1])
-    for column in range(sampling.stop_ids.shape[1]):
-        ends = sampling.stop_ids[:, column, None] == tokens
-        logits = jnp.where(early & ends, -jnp.inf, logits)
-    return logits
+    left: jax.Array = over_vocabulary(forbid, [logits], jnp.where(early, sampling.stop_ids, -1), returns_wide=True)
+    return left
 
 
-def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _draw(logits: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> Chosen:
     greedy = sampling.temperature == 0
     scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)[:, None]
-    scaled = jax.lax.cond(sampling.filters, lambda *args: _filter(*args), lambda x, *_: x, scaled, sampling, greedy)
-
-    def noise(seed: jax.Array, step: jax.Array) -> jax.Array:
-        # Each token's number comes from its place in the whole vocabulary, on whatever device that is made.
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     # The largest of logits plus Gumbel noise is distributed as their softmax (Gumbel 1954).
-    drawn = scaled + constrain(jax.vmap(noise)(sampling.seed, steps), BATCH, VOCAB)
-    return _likeliest(jnp.where(greedy[:, None], logits, drawn))
+    drawn = scaled + constrain(gumbel(sampling.seed, steps, logits.shape[1]), BATCH, VOCAB)
+    noisy = jnp.where(greedy[:, None], logits, drawn)
+    chosen: Chosen = jax.lax.cond(
+        sampling.filters,
+        lambda *args: _filtered(*args),
+        lambda _, noisy, *__: likeliest(noisy),
+        *(scaled, noisy, sampling, greedy),
+    )
+    return chosen
 
 
-def _filter(logits: jax.Array, sampling: SamplingArrays, greedy: jax.Array) -> jax.Array:
-    """``logits [B, V]`` with all but the min-p, of those the top-k, of those the top-p tokens at minus infinity."""
-    min_p = jnp.where(greedy, 0.0, sampling.min_p)
+def _filtered(scaled: jax.Array, noisy: jax.Array, sampling: SamplingArrays, greedy: jax.Array) -> Chosen:
+    """The likeliest by ``noisy`` of the min-p, of those the top-k, of those the top-p tokens."""
+    floor = min_p_threshold(scaled, jnp.where(greedy, 0.0, sampling.min_p))
     top_k, top_p = jnp.where(greedy, 0, sampling.top_k), jnp.where(greedy, 1.0, sampling.top_p)
-    logits = jnp.where(logits >= min_p_threshold(logits, min_p)[:, None], logits, -jnp.inf)
-    return jnp.where(logits >= filter_thresholds(logits, top_k, top_p)[:, None], logits, -jnp.inf)
+    both = jnp.where(top_p < 1, top_k, 0)
+    kth = jax.lax.cond(
+        sampling.joins,
+        lambda *args: top_k_threshold(*args),
+        lambda _, k: jnp.full(k.shape, -jnp.inf, jnp.float32),
+        *(scaled, both),
+    )
+    return first_kept(scaled, noisy, jnp.maximum(floor, kth), jnp.where(top_p < 1, 0, top_k), top_p)
 
 
 __all__ = [
