@@ -128,5 +128,11 @@ class Programs:
 
         traced.__name__ = name
         options = {} if in_shardings is None else {"in_shardings": in_shardings}
-        compiled = jax.jit(traced, donate_argnums=donate, **options).lower(*args).compile()
+        lowered = jax.jit(traced, donate_argnums=donate, **options).lower(*args)
+        if mesh.is_multi_process:
+            from spmd_infer.multihost.compiling import compile_together
+
+            compiled = compile_together(lowered, name, lowered.in_avals, mesh.devices.flat[0].platform)
+        else:
+            compiled = lowered.compile()
         return Program(name, compiled, time.perf_counter() - started)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -24,7 +24,7 @@ def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def whole(tree: Any) -> Any:
     """The same arrays so that this process can read all of each; all processes must call it where there are several."""
-    return jax.tree.map(lambda x: x if _readable(x) else _replicate(x.sharding.mesh)(x), tree)
+    return jax.tree.map(lambda x: x if _readable(x) else _replicate(x.sharding, x.shape, x.dtype)(x), tree)
 
 
 def fetch(tree: Any) -> Any:
@@ -37,8 +37,12 @@ def _readable(x: Any) -> bool:
 
 
 @cache
-def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    replicate: Callable[[jax.Array], jax.Array] = jax.jit(
-        lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec())
-    )
-    return replicate
+def _replicate(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    from spmd_infer.multihost.compiling import compile_together  # only needed over several processes
+
+    mesh = sharding.mesh
+    copy = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    lowered = copy.lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    what = (shape, np.dtype(dtype).name, sharding.spec)
+    compiled = compile_together(lowered, "replicate", what, mesh.devices.flat[0].platform)
+    return lambda x: compiled(x)

@@ -81,6 +81,8 @@ class Job:
         self._stop_at: int | None = None
         self.channel: Any = None
         """The control channel; None in a job of one process."""
+        self.shares_cache = False
+        """Whether this rank sees the programs that rank 0 has compiled."""
 
     @property
     def rank(self) -> int:

@@ -132,6 +132,9 @@ def _join(place: Place, bind: str | None, limits: Mapping[str, int], devices: li
         nonce = bytes.fromhex(said["channel_nonce"])
         channel.join(place.host, said["channel_port"], nonce, secret, limits["init_s"])
         _start_jax(place, bound, said["jax_port"], limits, devices)
+        from spmd_infer.multihost.compiling import share_compile_cache  # it imports JAX
+
+        share_compile_cache(job)
     return job
 
 
