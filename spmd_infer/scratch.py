@@ -1,8 +1,8 @@
 """Scratch memory of programs on a CPU, kept from one call to the next.
 
-Programs take their temporaries from malloc in every call, and so does the library that computes convolutions on CPU. The
-GNU C library hands large pieces back to the system as soon as they are freed, and the system clears all of them, page by
-page, for the next call: of a small CNN's 116 ms of processor time for a batch of 256 that was half, of
+Programs take their temporaries from malloc in every call, and so does the library that computes convolutions on CPU.
+The GNU C library hands large pieces back to the system as soon as they are freed, and the system clears all of them,
+page by page, for the next call: of a small CNN's 116 ms of processor time for a batch of 256 that was half, of
 EfficientNet-Lite0's 396 ms for 32 images a quarter.
 """
 
