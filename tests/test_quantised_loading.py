@@ -1,21 +1,25 @@
 """Checkpoints quantised at load: the same numbers on every mesh, the same results, little memory, words in the plan."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+import spmd_infer as si
 from spmd_infer.cli.options import print_json
 from spmd_infer.engine import Engine
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import model_function
 from spmd_infer.models.dense import dequantise, quantise_weight, rotate
 from spmd_infer.models.llama import Config, Llama, name_table
+from spmd_infer.plan_verification import verify_plan
 
 CONFIG = Config(
     vocab_size=256,
@@ -51,8 +55,6 @@ def hugging_face(folder: Path, config: Config) -> Path:
         "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
     }
-    import msgspec
-
     (folder / "config.json").write_bytes(msgspec.json.encode(known))
     return folder
 
@@ -131,8 +133,6 @@ def test_bytes_and_words(kind: str, parts: int, checkpoint: Path, capsys: pytest
 
 
 def test_untied_head_and_dtype(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     folder = hugging_face(tmp_path, replace(CONFIG, tie_embeddings=False))
     engine = Engine.load(folder, mesh="data=1,model=2", quantize="int8", dtype="bfloat16")
     assert engine.dtype == jax.numpy.bfloat16
@@ -162,10 +162,21 @@ def test_refusals(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named_before_anything_is_read(tmp_path: Path) -> None:
     folder = hugging_face(tmp_path, CONFIG)
-    from safetensors.numpy import load_file
-
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 of the model's 20 parameters[^\0]*layers.1.mlp.up_proj.weight"):
         Engine.load(folder, mesh="data=1", quantize="int8")
+
+
+def test_the_plan_foresees_what_is_compiled(tmp_path: Path) -> None:
+    # Blocks of 64 columns are turned together: each device holds whole ones.
+    config = replace(CONFIG, embed_dim=256, mlp_dim=512, num_heads=4, head_dim=64)
+    folder = str(hugging_face(tmp_path, config))
+    plan = si.plan(folder, devices=8, mesh="data=2,model=4", dtype="int8", batch=8, length=32, output=32)
+    found = verify_plan(plan, folder, dtype="int8", batch=8, length=32, output=32)
+    assert all(line.explained for phase in found.phases for line in phase.traffic), found.explain()
+    # Each layer sums two products, and takes the largest values of their rows; the table's rows are summed too.
+    (decode,) = [phase for phase in found.phases if phase.phase == "decode"]
+    assert decode.agrees, found.explain()
+    assert [(line.kind, line.planned) for line in decode.traffic] == [("all-reduce", 4 * config.num_layers + 2)]

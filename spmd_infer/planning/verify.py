@@ -265,8 +265,10 @@ def _compile(
     donated = tuple(1 + i for i, value in enumerate(inputs) if is_cache(value))
     jitted = jax.jit(step, in_shardings=(dict(weights), *(placed(value) for value in inputs)), donate_argnums=donated)
     lowered = jitted.lower(dict(model.params), *leaves)
+    quantised = any(param.dtype == jnp.int8 for param in model.params.values())
+    books = {} if quantised else _OPEN_BOOKS  # without that library int8 weights are widened to int32
     try:
-        return lowered.compile(compiler_options=_QUICK | _OPEN_BOOKS | ({} if shared else _LIKE_ACCELERATORS))
+        return lowered.compile(compiler_options=_QUICK | books | ({} if shared else _LIKE_ACCELERATORS))
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
@@ -274,8 +276,8 @@ def _compile(
 
 
 def _in_float32(param: Any) -> jax.ShapeDtypeStruct:
-    """An abstract weight in float32; weights of one byte stand for quantised ones, which are widened when used."""
-    wide = jnp.issubdtype(param.dtype, jnp.floating) or param.dtype.itemsize == 1
+    """An abstract weight in float32; the numbers of quantised ones stay as small as they are."""
+    wide = jnp.issubdtype(param.dtype, jnp.floating) and param.dtype.itemsize > 1
     return jax.ShapeDtypeStruct(param.shape, jnp.float32 if wide else param.dtype)
 
 
