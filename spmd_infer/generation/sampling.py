@@ -37,7 +37,7 @@ from spmd_infer.tensors import Axes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingArrays:
-    """The parameters of a batch, or of all slots, as arrays. Rows are taken and put by ``slot_rows``.
+    """The parameters of a batch, or of all slots, as arrays.
 
     Attributes:
         temperature: ``[B]`` float32.

@@ -12,8 +12,8 @@ from spmd_infer.generation.structured_outputs import StructuredOutputs
 
 MAX_TOKENS = 1 << 20
 MAX_SAMPLES = 64
-MAX_BEAMS = 16
 MAX_LOGPROBS = 20
+MAX_BEAMS = MAX_LOGPROBS // 2  # each beam offers twice as many candidates as there are beams
 MAX_STOPS, MAX_STOP_CHARS = 16, 256
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spmd_infer.axes import BATCH
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, SamplingParams
 from spmd_infer.generation.token_state import MAX_BAD_WORD_TOKENS, TokenState
 from spmd_infer.generation.vocab_shards import VocabShard, over_vocabulary
-from spmd_infer.tensors import Axes
 
 TokenIds = tuple[int, ...]
 
@@ -49,22 +47,6 @@ class TokenRules:
     bans: jax.Array
     masks: jax.Array
     scores: jax.Array
-
-
-_ROWS: Axes = (BATCH,)
-RULE_AXES: dict[str, Axes] = {
-    "repetition_penalty": _ROWS,
-    "frequency_penalty": _ROWS,
-    "presence_penalty": _ROWS,
-    "bias_ids": (BATCH, None),
-    "bias_values": (BATCH, None),
-    "bad_words": (BATCH, None, None),
-    "penalises": (),
-    "biases": (),
-    "bans": (),
-    "masks": (),
-    "scores": (),
-}
 
 
 @dataclass(frozen=True)
@@ -220,4 +202,4 @@ def _unpack(shard: VocabShard, bits: jax.Array, here: int) -> jax.Array:
     return unpacked.reshape(bits.shape[0], -1)[:, :here] == 1
 
 
-__all__ = ["RULE_AXES", "RuleWidths", "TokenIds", "TokenRules", "apply_rules", "rule_arrays", "rule_flags"]
+__all__ = ["RuleWidths", "TokenIds", "TokenRules", "apply_rules", "rule_arrays", "rule_flags"]

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.axes import VOCAB, constrain
-from spmd_infer.tensors import Axes
+from spmd_infer.axes import constrain
 
 MAX_BAD_WORD_TOKENS = 8
 """Tokens of the longest bad word; a state remembers one less."""
@@ -22,7 +21,7 @@ MAX_BAD_WORD_TOKENS = 8
 class TokenState:
     """The tokens that requests have seen.
 
-    It takes ``4 V + V / 8 + 28`` bytes a slot. Rows are taken and put by ``slot_rows``.
+    It takes ``4 V + V / 8 + 28`` bytes a slot.
 
     Attributes:
         prompt_seen: ``[slots, ceil(V / 32)]`` uint32, a bit for each token in the prompt, the lowest id lowest.
@@ -51,13 +50,6 @@ class TokenState:
             self.output_counts.at[rows, places].add(1, mode="drop"),
             self.recent.at[rows].set(shifted),
         )
-
-
-TOKEN_STATE_AXES: dict[str, Axes] = {
-    "prompt_seen": (None, None),
-    "output_counts": (None, VOCAB),
-    "recent": (None, None),
-}
 
 
 def token_state(
@@ -89,4 +81,4 @@ def token_bits(ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.uint32]:
     return bits
 
 
-__all__ = ["MAX_BAD_WORD_TOKENS", "TOKEN_STATE_AXES", "TokenState", "token_bits", "token_state"]
+__all__ = ["MAX_BAD_WORD_TOKENS", "TokenState", "token_bits", "token_state"]

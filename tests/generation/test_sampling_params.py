@@ -54,7 +54,7 @@ def test_one_string_need_not_be_a_tuple() -> None:
         ({"n": 0}, "n must be a whole number from 1 to 64, not 0"),
         ({"n": 65}, "n must be a whole number from 1 to 64, not 65"),
         ({"n": 3, "best_of": 2}, "best_of must be a whole number from 3 to 64, not 2"),
-        ({"num_beams": 17}, "num_beams must be a whole number from 1 to 16, not 17"),
+        ({"num_beams": 11}, "num_beams must be a whole number from 1 to 10, not 11"),
         ({"length_penalty": 11}, "length_penalty must be a number from -10 to 10, not 11"),
         ({"early_stopping": "soon"}, "early_stopping must be True, False or 'never', not 'soon'"),
         ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20, not 21"),

@@ -20,9 +20,8 @@ from spmd_infer.generation.sampling import (
     sample_by_rules,
     sampling_arrays,
 )
-from spmd_infer.generation.slot_rows import put_rows, take_rows
-from spmd_infer.generation.token_rules import RULE_AXES, RuleWidths, TokenIds, TokenRules, apply_rules, rule_arrays
-from spmd_infer.generation.token_state import TOKEN_STATE_AXES, TokenState, token_bits, token_state
+from spmd_infer.generation.token_rules import RuleWidths, TokenIds, TokenRules, apply_rules, rule_arrays
+from spmd_infer.generation.token_state import TokenState, token_bits, token_state
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.audit import collectives
 from spmd_infer.tensors import Axes
@@ -75,6 +74,19 @@ ROWS = [
 @pytest.fixture(scope="module")
 def logits() -> np.ndarray:
     return np.random.default_rng(5).normal(0, 3, (len(ROWS), WORDS)).astype(np.float32)
+
+
+def take_rows(slots: Any, rows: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, slots)
+
+
+def put_rows(slots: Any, rows: Any, entering: Any) -> Any:
+    return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), slots, entering)
+
+
+def axes_of(name: str, value: np.ndarray) -> Axes:
+    """Rows over the batch; counts over the vocabulary too."""
+    return (BATCH, VOCAB) if name == "output_counts" else (BATCH, *(None,) * (value.ndim - 1)) if value.ndim else ()
 
 
 def numpy_rules(logits: np.ndarray, row: Row) -> np.ndarray:
@@ -131,8 +143,8 @@ def choose(logits: np.ndarray, rows: list[Row], where: str = "", num_top: int = 
             place(logits, (BATCH, VOCAB)),
             SamplingArrays(**{name: place(value, SAMPLING_AXES[name]) for name, value in sampling.items()}),
             place(steps, (BATCH,)),
-            TokenRules(**{name: place(value, RULE_AXES[name]) for name, value in rules.items()}),
-            TokenState(**{name: place(value, (BATCH, *TOKEN_STATE_AXES[name][1:])) for name, value in state.items()}),
+            TokenRules(**{name: place(value, axes_of(name, value)) for name, value in rules.items()}),
+            TokenState(**{name: place(value, axes_of(name, value)) for name, value in state.items()}),
             place(mask, (BATCH, None)),
         ),
     )
@@ -302,15 +314,6 @@ def test_state_follows_the_tokens() -> None:
         np.testing.assert_array_equal(getattr(taken, name), value)
 
 
-def test_rows_of_parameters_are_taken_and_put() -> None:
-    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(4)]
-    slots = jax.tree.map(jax.numpy.asarray, SamplingArrays(**sampling_arrays(params, (), most_stops=8)))
-    entering = SamplingArrays(**sampling_arrays([SamplingParams(seed=9)], (), most_stops=8))
-    slots = put_rows(slots, np.array([2], np.int32), entering)
-    assert take_rows(slots, np.array([3, 2], np.int32)).seed.tolist() == [3, 9]
-    assert bool(slots.draws)  # flags are the step's: who runs decides
-
-
 def test_too_many_for_the_program() -> None:
     params = SamplingParams(logit_bias={1: 1.0, 2: 1.0}, stop_token_ids=(1, 2, 3), min_tokens=1)
     with pytest.raises(TaskError, match="2 logit biases and 0 bad words as tokens; the program has room for 1 and 4"):
@@ -340,8 +343,8 @@ def test_messages_are_small(where: str) -> None:
     arguments = (
         placed(np.zeros((batch, vocab), np.float32), (BATCH, VOCAB)),
         SamplingArrays(**{name: placed(value, SAMPLING_AXES[name]) for name, value in sampling.items()}),  # type: ignore[arg-type]
-        TokenRules(**{name: placed(value, RULE_AXES[name]) for name, value in rules.items()}),  # type: ignore[arg-type]
-        TokenState(**{name: placed(value, TOKEN_STATE_AXES[name]) for name, value in state.items()}),  # type: ignore[arg-type]
+        TokenRules(**{name: placed(value, axes_of(name, value)) for name, value in rules.items()}),  # type: ignore[arg-type]
+        TokenState(**{name: placed(value, (None, *axes_of(name, value)[1:])) for name, value in state.items()}),  # type: ignore[arg-type]
         placed(np.zeros(batch, np.int32), (BATCH,)),
         placed(mask, (BATCH, None)),
     )
