@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from spmd_infer import Engine
 from spmd_infer.checkpoints import open_checkpoint, remote, save, verify
 from spmd_infer.checkpoints.remote import is_remote, mirror, open_store, url_of
 from spmd_infer.checkpoints.remote_target import staging_folder
@@ -118,6 +119,15 @@ def test_only_the_ranges_that_are_wanted_are_read(tmp_path: Path, monkeypatch: p
     assert part.tobytes() == VALUES["layers.2.weight"][10:20].tobytes()
     assert sum(counts) - opening == part.nbytes
     assert read_all("s3://bucket/folder/model.safetensors") == wanted()  # the file alone
+
+
+def test_an_engine_from_there_and_back(minilm: Path) -> None:
+    put(minilm, "s3://bucket/minilm")
+    first = Engine.load("s3://bucket/minilm", mesh="data=1,model=2")
+    first.save("s3://bucket/minilm-native")
+    second = Engine.load("s3://bucket/minilm-native", mesh="data=2,model=1", verify="fast")
+    texts = ["A boat on the lake.", "Tax returns are due in April."]
+    np.testing.assert_allclose(second.embed(texts), first.embed(texts), atol=1e-5)  # sums in another order, float32
 
 
 def test_from_there_to_there(tmp_path: Path) -> None:
