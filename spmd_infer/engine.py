@@ -449,7 +449,15 @@ class Engine:
         return self.task("classify")(images, **options)
 
     def generate(self, prompts: Any, params: Any = None, **options: Any) -> Any:
-        """Continue prompts; see ``spmd_infer.tasks.generate.Generate``."""
+        """Continue prompts; see ``spmd_infer.tasks.generate.Generate``.
+
+        In a job of several processes all of them call this; prompts and parameters are rank 0's, results go to all.
+        """
+        if self.mesh.is_multi_process:
+            from spmd_infer.multihost.job import this_job
+            from spmd_infer.multihost.requests import shared_request
+
+            prompts, params = shared_request(this_job(), prompts, params)
         return self.task("generate")(prompts, params, **options)
 
     def stream(self, prompt: Any, params: Any = None, **options: Any) -> Iterator[str]:

@@ -29,6 +29,7 @@ from spmd_infer.generation.steps import Chosen, Chunk, Rows, choose, decode, for
 from spmd_infer.generation.token_rules import RuleWidths, TokenRules, rule_arrays, rule_flags
 from spmd_infer.generation.token_state import TokenState, token_state
 from spmd_infer.models.paged_attention import PageView
+from spmd_infer.transfer import fetch
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -58,9 +59,9 @@ class Dispatched:
 
     def read(self) -> list[tuple[Request, int, Scores | None]]:
         """Wait for the tokens; each with its scores where its request asked for them."""
-        tokens = np.asarray(self.chosen.tokens)
+        tokens = fetch(self.chosen.tokens)
         scored = self.chosen.logprobs is not None and any(r.params.scores for r, _, _ in self.rows)
-        host = jax.tree.map(np.asarray, self.chosen) if scored else None
+        host = fetch(self.chosen) if scored else None
         found = []
         for request, part, row in self.rows:
             scores = None

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.multihost.processes import Ranks
+from tests.references.llama_variants import write_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -60,6 +65,24 @@ with si.initialize(quiet=True) as job:
     np.savez(f"{folder}/rank{job.rank}.npz", vectors=engine.embed(texts))
 """
 
+LLAMA = """
+import sys
+import numpy as np
+import spmd_infer as si
+
+mesh, folder, model = sys.argv[1:4]
+with si.initialize(quiet=True) as job:
+    engine = si.Engine.load(model, mesh=mesh, dtype="float32")
+    prompts = np.random.default_rng(1).integers(5, 90, (4, 12)).tolist()
+    greedy = si.SamplingParams(max_tokens=6, min_tokens=6)
+    sampled = si.SamplingParams(max_tokens=6, min_tokens=6, temperature=1.0, seed=3)
+    drawn = si.SamplingParams(max_tokens=6, min_tokens=6, temperature=2.0)  # rank 0 draws its seed
+    params = [greedy, greedy, sampled, drawn]
+    found = engine.generate(prompts, params) if job.rank == 0 else engine.generate(None)
+    ids = np.array([completion.token_ids for completion in found])
+    np.savez(f"{folder}/rank{job.rank}.npz", ids=ids[:3], drawn=ids[3])
+"""
+
 
 def run(program: str, shape: tuple[int, int], mesh: str, folder: Path, *arguments: str) -> list[dict[str, np.ndarray]]:
     """What every rank has saved."""
@@ -91,3 +114,20 @@ def test_pictures(mesh: str, tmp_path: Path) -> None:
 
 def test_sentences(tmp_path: Path, minilm: Path) -> None:
     compare(MINILM, "data=4,model=2", tmp_path, str(minilm))
+
+
+def test_generation_token_for_token(tmp_path: Path) -> None:
+    model = tmp_path / "llama"
+    write_checkpoint(model, "gqa", eos_token_id=0)
+    letters = sorted(ByteLevel.alphabet())[:127]
+    tokenizer = Tokenizer(
+        BPE(vocab={"<eos>": 0} | {letter: place + 1 for place, letter in enumerate(letters)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.save(str(model / "tokenizer.json"))
+    (one,), *others = (run(LLAMA, shape, "data=2,model=2", tmp_path, str(model)) for shape in ((1, 4), (2, 2), (4, 1)))
+    for ranks in others:
+        for rank in ranks:
+            np.testing.assert_array_equal(rank["ids"], one["ids"])
+            np.testing.assert_array_equal(rank["drawn"], ranks[0]["drawn"])
