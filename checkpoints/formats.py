@@ -18,7 +18,7 @@ from spmd_infer.checkpoints import (
     ctranslate2_reader,
     gguf_header,
     gguf_reader,
-    manifest,
+    manifest_file,
     msgpack_reader,
     native_reader,
     npz_reader,
@@ -69,7 +69,7 @@ def _detects_gguf(path: Path, head: bytes) -> bool:
 NATIVE = Format(
     "native",
     "a folder with manifest.json, as Engine.save, convert and reshard write it",
-    lambda path, head: manifest.is_native(path),
+    lambda path, head: manifest_file.is_native(path),
     native_reader.NativeReader,
 )
 BUILT_IN: tuple[Format, ...] = (

@@ -24,8 +24,8 @@ from spmd_infer.checkpoints.manifest import (
     Chunk,
     Manifest,
     QuantisedEntry,
-    read_manifest,
 )
+from spmd_infer.checkpoints.manifest_file import read_manifest
 from spmd_infer.checkpoints.reader import Index, TensorInfo, bounds, find_tensor
 from spmd_infer.errors import CheckpointError
 

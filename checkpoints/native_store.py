@@ -16,7 +16,8 @@ from spmd_infer.checkpoints import quantise
 from spmd_infer.checkpoints.copying import Advance, CopyPlan, Quantisation, copy_tensors, plan_copy, work_key
 from spmd_infer.checkpoints.derived import DerivedReader
 from spmd_infer.checkpoints.file_bytes import FileBytes
-from spmd_infer.checkpoints.manifest import FORMAT, VERSION, Manifest, ModelEntry, QuantisedEntry, write_manifest
+from spmd_infer.checkpoints.manifest import FORMAT, VERSION, Manifest, ModelEntry, QuantisedEntry
+from spmd_infer.checkpoints.manifest_file import write_manifest
 from spmd_infer.checkpoints.mesh_boxes import MeshLayout
 from spmd_infer.checkpoints.native_reader import NativeReader
 from spmd_infer.checkpoints.native_sink import NativeSink

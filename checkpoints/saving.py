@@ -23,8 +23,8 @@ from spmd_infer.checkpoints.manifest import (
     VERSION,
     Manifest,
     ModelEntry,
-    write_manifest,
 )
+from spmd_infer.checkpoints.manifest_file import write_manifest
 from spmd_infer.checkpoints.native_store import library_versions, now
 from spmd_infer.checkpoints.native_writer import FILE_BYTES, ArrayWriting, DataWriter, file_bytes_for
 from spmd_infer.checkpoints.pipeline import Pipeline

@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spmd_infer import Engine
 from spmd_infer.axes import AxisRules
 from spmd_infer.checkpoints import load_onto, open_checkpoint, save, verify
-from spmd_infer.checkpoints.manifest import CHUNK_BYTES, MANIFEST_NAME, ModelEntry, read_manifest, write_manifest
+from spmd_infer.checkpoints.manifest import CHUNK_BYTES, MANIFEST_NAME, ModelEntry
+from spmd_infer.checkpoints.manifest_file import read_manifest, write_manifest
 from spmd_infer.checkpoints.native_reader import FAST_SAMPLES, NativeReader
 from spmd_infer.checkpoints.target_folder import locked
 from spmd_infer.errors import CheckpointError
