@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from spmd_infer.axes import MESH_AXES
 from spmd_infer.errors import MeshError
+from spmd_infer.multihost.job import current_job
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class MeshSpec:
         """The mesh over ``devices`` (default: all), hosts outermost so that the last axes stay inside one host.
 
         Raises:
-            MeshError: there are fewer devices than the mesh has places.
+            MeshError: there are fewer devices than the mesh has places, or so many more that a process would have none
+                of them in it.
         """
         found = list(devices if devices is not None else jax.devices())
         if len(found) < self.size:
@@ -82,10 +84,25 @@ class MeshSpec:
                 f"mesh {self} has {self.size} places but there are {len(found)} {found[0].platform} devices; "
                 f"choose sizes whose product is at most {len(found)}, or simulate devices with --devices {self.size}"
             )
-        ordered = sorted(found, key=lambda d: (d.process_index, d.id))[: self.size]
+        everywhere = sorted(found, key=lambda d: (host_of(d), d.process_index, d.id))
+        ordered = everywhere[: self.size]
+        idle = {d.process_index for d in everywhere} - {d.process_index for d in ordered}
+        if idle:
+            raise MeshError(
+                f"mesh {self} has {self.size} places for {len(found)} devices: process {min(idle)} would have no part "
+                "in it; give every process one, or start fewer processes"
+            )
         grid = np.array(ordered, dtype=object).reshape([size for _, size in self.sizes])
         names = tuple(name for name, _ in self.sizes)
         return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def host_of(device: jax.Device) -> int:
+    """The host that a device is in, numbered in the order of ranks; a process is one where nobody says otherwise."""
+    job = current_job()
+    if job is None or job.size == 1:
+        return int(device.process_index)
+    return job.hosts.index(job.hosts[device.process_index])
 
 
 def spec_of(mesh: Mesh) -> MeshSpec:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spmd_infer.errors import PlanError
+from spmd_infer.mesh import host_of
 from spmd_infer.planning.hardware_file import Row, read_rows
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ def found_cluster(devices: Sequence[jax.Device]) -> Cluster:
         PlanError: no entry matches.
     """
     first = devices[0]
-    hosts = len({device.process_index for device in devices})
+    hosts = len({host_of(device) for device in devices})
     rows = read_rows()
     if first.platform == CPU:
         device = _device(_this_machine(rows), rows[_this_machine(rows)])
