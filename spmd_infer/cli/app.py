@@ -42,7 +42,7 @@ Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong comm
 checkpoint or model cannot be used; 4 the input is refused, or a file cannot be
 read or written; 5 no mesh or plan works, the model does not fit, or plan --verify
 found a difference; 6 doctor or verify found a problem, or diff a difference; 130
-interrupted.
+interrupted. Ranks of a job have 70, 75 and 143 besides: see launch --help.
 """
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,16 +18,33 @@ MARKS = {"ok": "  ", "hint": "? ", "problem": "! "}
 
 def doctor(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that JAX may take to start.")] = 120.0,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Compare the ranks of a job; run it as your program, on every rank.")
+    ] = False,
+    path: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --cluster: a file or folder that all hosts must see alike.", show_default=False),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what this machine offers and what is wrong.
 
-    Versions, cores, memory, devices, caches and settings; for each problem, what to do about it.
+    Versions, cores, memory, devices, caches and settings; for each problem, what to do about it. With --cluster, what
+    differs between the ranks of a job, and how fast they talk.
     """
-    from spmd_infer.cli.checks import check_all
+    if cluster:
+        from spmd_infer.cli.cluster_checks import check_cluster
+        from spmd_infer.multihost.start import initialize
 
-    findings = check_all(timeout)
+        with initialize() as job:
+            findings = check_cluster(job, path or [])
+        if job.rank != 0:
+            return
+    else:
+        from spmd_infer.cli.checks import check_all
+
+        findings = check_all(timeout)
     problems = [finding for finding in findings if finding.level == "problem"]
     if as_json:
         print_json({"ok": not problems, "findings": findings})
