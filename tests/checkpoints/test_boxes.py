@@ -1,12 +1,12 @@
 """Boxes and the pieces they are cut into."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spmd_infer.checkpoints.boxes import box_shape, elements, part, pieces, run_of, tiling_problem, whole
 
-SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+SHAPES = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 
 
 @st.composite
@@ -19,6 +19,7 @@ def shapes_with_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[tuple[int
     return shape, tuple(box)
 
 
+@settings(deadline=None)  # comparing all pieces with each other takes its time
 @given(SHAPES, st.integers(1, 200))
 def test_pieces_tile_a_box_in_order_and_lie_in_one_run_each(shape: tuple[int, ...], most: int) -> None:
     found = list(pieces(whole(shape), 2, most))
