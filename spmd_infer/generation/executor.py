@@ -18,18 +18,20 @@ import numpy.typing as npt
 from spmd_infer.generation.batches import Layout, page_arrays
 from spmd_infer.generation.cache import cache_dtype
 from spmd_infer.generation.constraints import fill_masks
+from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, page_bytes, pages_axes
 from spmd_infer.generation.page_tables import PageTables
-from spmd_infer.generation.requests import Request, Scores
+from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling import SamplingArrays, sampling_arrays, sampling_flags
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.slots import SlotRules, Slots, empty_slots, slot_axes
+from spmd_infer.generation.speculation import Speculation
+from spmd_infer.generation.speculator import Speculator
 from spmd_infer.generation.step_plan import PrefillChunk
-from spmd_infer.generation.steps import Chosen, Chunk, Rows, choose, decode, forward, prefill
+from spmd_infer.generation.steps import Chunk, Rows, choose, decode, forward, prefill
 from spmd_infer.generation.token_rules import RuleWidths, TokenRules, rule_arrays, rule_flags
 from spmd_infer.generation.token_state import TokenState, token_state
 from spmd_infer.models.paged_attention import PageView
-from spmd_infer.transfer import fetch
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -43,34 +45,6 @@ Entry = tuple[Request, int, int]
 """A request, and the part and slot that it runs in."""
 
 
-@dataclass(frozen=True)
-class Dispatched:
-    """What a step chose, on its way from the devices.
-
-    Attributes:
-        name: what it ran.
-        chosen: for every row.
-        rows: the requests that take a token from it, each with its part and row.
-    """
-
-    name: str
-    chosen: Chosen
-    rows: tuple[tuple[Request, int, int], ...]
-
-    def read(self) -> list[tuple[Request, int, Scores | None]]:
-        """Wait for the tokens; each with its scores where its request asked for them."""
-        tokens = fetch(self.chosen.tokens)
-        scored = self.chosen.logprobs is not None and any(r.params.scores for r, _, _ in self.rows)
-        host = fetch(self.chosen) if scored else None
-        found = []
-        for request, part, row in self.rows:
-            scores = None
-            if host is not None and request.params.scores:
-                scores = Scores(float(host.logprobs[part, row]), host.top_ids[part, row], host.top_logprobs[part, row])
-            found.append((request, int(tokens[part, row]), scores))
-        return found
-
-
 class Executor:
     """Runs steps on one engine.
 
@@ -80,9 +54,19 @@ class Executor:
         eos_ids: the model's end tokens.
         slots: sequences that run at a time in each part.
         num_pages: pages of each part to begin with.
+        speculation: where drafts come from; None for none.
     """
 
-    def __init__(self, engine: Engine, config: Any, eos_ids: Collection[int], *, slots: int, num_pages: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        config: Any,
+        eos_ids: Collection[int],
+        *,
+        slots: int,
+        num_pages: int,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._engine, self._config, self._eos_ids = engine, config, frozenset(eos_ids)
         self._parts, self._slots = engine.data_parts, slots
         self.dtype = cache_dtype(engine.mesh.devices.flat[0].platform, jnp.result_type(engine.dtype, jnp.bfloat16))
@@ -102,6 +86,9 @@ class Executor:
         self._forward = jit("forward", forward, donate=(0,))
         self._choose = jit("choose", choose, donate=(1, 2))
         self._row_buckets: dict[str, list[int]] = {}
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            self._speculator = Speculator(engine, config, speculation, slots=slots, num_pages=num_pages)
 
     @property
     def num_pages(self) -> int:
@@ -111,7 +98,8 @@ class Executor:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, on all devices together."""
-        return page_bytes(self._config, self.dtype)
+        drafts = self._speculator.page_bytes if self._speculator is not None else 0
+        return page_bytes(self._config, self.dtype) + drafts
 
     def resize(self, num_pages: int, moves: Sequence[tuple[int, int, int]]) -> None:
         """Grow or shrink every part's pool, after moving pages ``(part, source, destination)``."""
@@ -123,6 +111,8 @@ class Executor:
             out_axes=pages_axes(self._config),
         )
         self._pages = resized(self._pages)
+        if self._speculator is not None:
+            self._speculator.resize(num_pages)
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages ``(part, source, destination)``, all at once."""
@@ -132,6 +122,8 @@ class Executor:
         sources = layout.ints([source for _, source, _ in copies])
         targets = layout.ints([target for _, _, target in copies], fill=self.num_pages)
         self._pages = self._copy(self._pages, sources, targets)
+        if self._speculator is not None:
+            self._speculator.copy(sources, targets)
 
     def prefill(self, chunks: Sequence[PrefillChunk], requests: Sequence[Request]) -> list[Dispatched]:
         """Run chunks of prompts; those of near lengths together.
@@ -167,7 +159,7 @@ class Executor:
             rules=self._entering(layout, spans) if ruled else None,
             mask=self._masks(layout, requests) if ruled else None,
         )
-        pages = None
+        pages = tables = None
         if earlier:
             tables = layout.lines(
                 [s.pages[: span.start // PAGE_SIZE] for s, span in zip(sequences, spans, strict=True)], earlier
@@ -186,6 +178,11 @@ class Executor:
             fill=self.num_pages,
         )
         self._pages = self._insert(self._pages, keys, values, targets)
+        if self._speculator is not None:
+            self._speculator.prefill(chunk, tables, targets)
+            if any(span.chunk.last for span in spans):
+                ending = [s.slot if span.chunk.last else None for s, span in zip(sequences, spans, strict=True)]
+                self._speculator.enter(self._state, layout, ending, [s.tokens for s in sequences])
         rows = [
             (span.request, part, row) for span, (part, row) in zip(spans, layout.places, strict=True) if span.chunk.last
         ]
@@ -215,6 +212,9 @@ class Executor:
             mask=None,
         )
         step = tuple((request, part, row) for request, (part, row) in zip(requests, layout.places, strict=True))
+        if self._speculator is not None and not ruled and self._speculator.pace.wants(len(entries)):
+            drafted, self._pages, self._state = self._speculator.decode(self._pages, self._state, rows, step)
+            return Pending(lambda: drafted)
         if any(request.constraint is not None for request in requests):
             logits, self._pages = self._forward(self._pages, self._state, rows)
             return Pending(lambda: self._finish(logits, rows, layout, step))
@@ -224,14 +224,18 @@ class Executor:
             self._pages, self._state, self._rules if ruled else None, rows
         )
         self._rules = rules if ruled else self._rules
+        self._note(rows)
         done = Dispatched("decode", chosen, step)
         return Pending(lambda: done)
 
-    def _finish(
-        self, logits: jax.Array, rows: Rows, layout: Layout, step: tuple[tuple[Request, int, int], ...]
-    ) -> Dispatched:
+    def _note(self, rows: Rows) -> None:
+        if self._speculator is not None:
+            self._speculator.note(self._state, rows.slots)
+
+    def _finish(self, logits: jax.Array, rows: Rows, layout: Layout, step: Taking) -> Dispatched:
         rows = replace(rows, mask=self._masks(layout, [request for request, _, _ in step]))
         chosen, self._state, self._rules = self._choose(logits, self._state, self._rules, rows)
+        self._note(rows)
         return Dispatched("decode", chosen, step)
 
     def _entering(self, layout: Layout, spans: Sequence[_Span]) -> SlotRules:
@@ -312,7 +316,7 @@ class Pending:
         finish: dispatches the choice, once the masks of its requests are known, and gives the step.
     """
 
-    finish: Callable[[], Dispatched]
+    finish: Callable[[], Dispatched | DispatchedDrafts]
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spmd_infer.errors import TaskError
-from spmd_infer.generation.executor import Dispatched, Executor
+from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts
+from spmd_infer.generation.executor import Executor
 from spmd_infer.generation.kv_pages import PAGE_SIZE
 from spmd_infer.generation.limits import Limits
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.scheduler import Scheduler
 from spmd_infer.generation.sequences import Sequence as Scheduled
+from spmd_infer.generation.speculation import Speculation
 from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.trace import Trace
 
@@ -44,6 +46,9 @@ class GenerationOptions:
         max_chunk: tokens of a prompt run at once.
         chunked: cut prompts longer than that into chunks; without it each is run whole.
         prefix_cache: take over keys and values of earlier prompts that begin alike.
+        speculation: where drafts of tokens come from that a step then tries at once: ``PromptLookup()`` for the text
+            itself, ``Draft(engine=...)`` for a smaller model. Tokens stay the same. Requests with rules about single
+            tokens, and those in one batch with them, go without.
         salt: secret that these are named with; only requests of one engine share them anyway.
     """
 
@@ -53,6 +58,7 @@ class GenerationOptions:
     max_chunk: int = 512
     chunked: bool = True
     prefix_cache: bool = True
+    speculation: Speculation | None = None
     salt: bytes = field(default=b"", repr=False)
 
 
@@ -76,7 +82,10 @@ class GenerationLoop:
         self._engine, self._config = engine, config
         parts = engine.data_parts
         slots = -(-options.max_rows // parts)
-        self._executor = Executor(engine, config, eos_ids, slots=slots, num_pages=_FEWEST_PAGES)
+        self._executor = Executor(
+            engine, config, eos_ids, slots=slots, num_pages=_FEWEST_PAGES, speculation=options.speculation
+        )
+        lookahead = options.speculation.k if options.speculation is not None else 0
         self._most_pages = max(1, self._cache_bytes(options) // self._executor.page_bytes // parts)
         self._scheduler = Scheduler(
             Limits(
@@ -85,16 +94,17 @@ class GenerationLoop:
                 num_pages=self._executor.num_pages,
                 page_size=PAGE_SIZE,
                 context_len=config.context_len,
-                token_budget=max(options.token_budget, slots + PAGE_SIZE),
+                token_budget=max(options.token_budget, slots * (1 + lookahead) + PAGE_SIZE),
                 max_chunk=-(-options.max_chunk // PAGE_SIZE) * PAGE_SIZE,
                 chunked=options.chunked,
+                lookahead=lookahead,
                 prefix_cache=options.prefix_cache,
                 salt=options.salt,
             )
         )
         self._requests: dict[str, Request] = {}
         self._wanted_pages = 0
-        self._unread: list[Dispatched] = []
+        self._unread: list[Dispatched | DispatchedDrafts] = []
         self._lock = threading.RLock()
         self.trace: Trace | None = None
 
@@ -174,8 +184,8 @@ class GenerationLoop:
                 request.end("deadline")
                 self._forget(request)
             self._executor.copy(plan.copies)
-            dispatched = self._prefill(plan.prefills)
-            finish: Callable[[], Dispatched] | None = None
+            dispatched: list[Dispatched | DispatchedDrafts] = [*self._prefill(plan.prefills)]
+            finish: Callable[[], Dispatched | DispatchedDrafts] | None = None
             if plan.decodes:
                 entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
                 with self._spanned("dispatch decode", rows=len(entries)):
@@ -202,16 +212,16 @@ class GenerationLoop:
     def _spanned(self, name: str, **facts: int) -> AbstractContextManager[None]:
         return nullcontext() if self.trace is None else self.trace.span(name, **facts)
 
-    def _read(self, step: Dispatched) -> None:
+    def _read(self, step: Dispatched | DispatchedDrafts) -> None:
         with nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows)):
-            tokens = step.read()
+            brought = step.read()
         now = None
-        for request, token, scores in tokens:
+        for request, tokens, scores, drafted in brought:
             if request.request_id not in self._requests:
                 continue  # it ended a step before
             now = now or self.clock()
-            self._scheduler.accept(request.request_id, [token])
-            if request.finish_reason is not None or request.push(token, scores, now):
+            self._scheduler.accept(request.request_id, tokens)
+            if request.finish_reason is not None or request.take(tokens, scores, now, drafted=drafted):
                 self._forget(request)
 
     def _forget(self, request: Request) -> None:

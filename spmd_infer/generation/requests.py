@@ -61,6 +61,8 @@ class Request:
         token_times: when each token was read.
         part: which part of the rows it was first run in.
         cached_tokens: tokens of the prompt whose keys and values were taken from an earlier request.
+        drafted_tokens: drafts that were tried.
+        accepted_tokens: those of them that became tokens.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Request:
         self.token_times: list[float] = []
         self.part = 0
         self.cached_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0
         self._ends = ends
         self._detokenizer = detokenizer
         self._stop = StopText(params.stop, include=params.include_stop_str_in_output)
@@ -104,6 +108,22 @@ class Request:
     def text(self) -> str:
         """What is certain of the text."""
         return "".join(self._pieces)
+
+    def take(self, tokens: Sequence[int], scores: Scores | None, now: float, *, drafted: int = 0) -> bool:
+        """Take what one step has brought, up to the token that ends the request; returns whether one did.
+
+        Args:
+            tokens: one, or with drafts some more.
+            scores: of the one token.
+            now: when they were read.
+            drafted: drafts that the step tried.
+        """
+        self.drafted_tokens += drafted
+        for index, token in enumerate(tokens, 1):
+            self.accepted_tokens += index < len(tokens)  # the last is the model's own
+            if self.push(token, scores, now):
+                return True
+        return False
 
     def push(self, token: int, scores: Scores | None, now: float) -> bool:
         """Take the next token; returns whether the request has ended with it."""

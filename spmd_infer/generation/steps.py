@@ -123,11 +123,8 @@ def prefill(
         What was chosen (of no meaning where the prompt goes on after the chunk), keys and values ``[D b, T, K, H]`` of
         each layer, the slots and their rules.
     """
-    parts, rows, length = chunk.input_ids.shape
-    starts, counts = flat((chunk.starts, chunk.counts))
-    positions = starts[:, None] + jnp.arange(length)
-    caches = [ChunkCache(*pair, starts) for pair in _earlier(model.config, earlier, parts * rows)]
-    x, done = model.hidden(flat(chunk.input_ids), positions, caches)
+    x, keys, values = run_chunk(model, earlier, chunk)
+    counts = flat(chunk.counts)
     last = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     if rules is not None and chunk.rules is not None:
         rules = put(rules, chunk.slots, chunk.rules)
@@ -136,9 +133,18 @@ def prefill(
     )
     state = state.advanced(chunk.slots, chosen.tokens, chunk.starts + chunk.counts, chunk.generated + 1)
     state = replace(state, sampling=put(state.sampling, chunk.slots, chunk.sampling))
+    return chosen, keys, values, state, rules
+
+
+def run_chunk(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[jax.Array, Layers, Layers]:
+    """States ``[D b, T, E]`` of a chunk, and keys and values of each layer; see ``prefill``."""
+    starts = flat(chunk.starts)
+    positions = starts[:, None] + jnp.arange(chunk.input_ids.shape[-1])
+    caches = [ChunkCache(*pair, starts) for pair in _earlier(model.config, earlier, len(starts))]
+    x, done = model.hidden(flat(chunk.input_ids), positions, caches)
     keys = tuple(cache.keys for cache in done if cache.keys is not None)
     values = tuple(cache.values for cache in done if cache.values is not None)
-    return chosen, keys, values, state, rules
+    return x, keys, values
 
 
 def decode(

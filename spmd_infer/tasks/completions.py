@@ -25,6 +25,8 @@ class Completion:
         error: what went wrong with this request alone.
         prompt_tokens: tokens of the prompt.
         cached_tokens: those of them whose keys and values an earlier prompt had left.
+        drafted_tokens: drafts that speculation tried.
+        accepted_tokens: those of them that became tokens.
         scores: log-probabilities of each token, where ``logprobs`` asked for them.
         params: the values in force.
         queue_s: seconds from the call until the prompt was run. All times are without compiling.
@@ -42,6 +44,8 @@ class Completion:
     error: TaskError | None
     prompt_tokens: int
     cached_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     scores: tuple[Scores, ...]
     params: SamplingParams
     queue_s: float
@@ -100,6 +104,8 @@ def _one(request: Request, params: SamplingParams, compiled: float, uneven: floa
         error=request.error,
         prompt_tokens=len(request.prompt_ids),
         cached_tokens=request.cached_tokens,
+        drafted_tokens=request.drafted_tokens,
+        accepted_tokens=request.accepted_tokens,
         scores=tuple(request.scores) if params.logprobs is not None else (),
         params=request.params,
         queue_s=(request.started or times[0]) - request.submitted,
@@ -131,6 +137,8 @@ def completion_of_beams(
             error=None,
             prompt_tokens=prompt_tokens,
             cached_tokens=0,
+            drafted_tokens=0,
+            accepted_tokens=0,
             scores=(),
             params=params,
             queue_s=0.0,

@@ -1,0 +1,220 @@
+"""The device side of speculation: the slots' texts, the smaller model with its cache, drafting and verifying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spmd_infer.axes import ATTN_BATCH
+from spmd_infer.errors import TaskError
+from spmd_infer.generation.batches import Layout
+from spmd_infer.generation.cache import cache_dtype
+from spmd_infer.generation.dispatched import DispatchedDrafts, Taking
+from spmd_infer.generation.kv_pages import KVPages, page_bytes, pages_axes
+from spmd_infer.generation.slots import Slots
+from spmd_infer.generation.speculation import Draft, Pace, Speculation
+from spmd_infer.generation.steps import Chunk, Rows
+from spmd_infer.generation.verification import draft, draft_chunk, found_drafts, newest, remember, verify
+
+if TYPE_CHECKING:
+    from spmd_infer.engine import Engine
+
+_FREE_ROWS = {"cpu": 8.0}
+_FREE_ROWS_OF_ACCELERATORS = 256.0
+_SHORTEST_TEXT = 256
+_HISTORY_AXES = (ATTN_BATCH, None, None)
+
+
+class Speculator:
+    """Drafts and verifies for one executor.
+
+    Args:
+        engine: holds the decoder.
+        config: the decoder's sizes.
+        speculation: where drafts come from.
+        slots: sequences that run at a time in each part.
+        num_pages: pages of each part to begin with.
+
+    Raises:
+        TaskError: the smaller model does not fit the larger one.
+    """
+
+    def __init__(self, engine: Engine, config: Any, speculation: Speculation, *, slots: int, num_pages: int) -> None:
+        self._k = speculation.k
+        self._length = config.context_len + speculation.k + 1
+        jit = partial(engine.jit, phase="decode")
+        shape = (engine.data_parts, slots + 1, self._length)
+        self._history: jax.Array = jit(
+            f"texts_{slots}_{self._length}", lambda _: jnp.zeros(shape, jnp.int32), out_axes=_HISTORY_AXES
+        )()
+        self._remember = jit("remember", lambda _, *args: remember(*args), donate=(0,), out_axes=_HISTORY_AXES)
+        self._verify = jit("verify", verify, donate=(0, 1, 2))
+        cost = 0.0
+        self._draft: DraftModel | None = None
+        if isinstance(speculation, Draft):
+            self._newest = jit("newest", lambda _, *args: newest(*args), out_axes=_HISTORY_AXES)
+            self._draft = DraftModel(speculation.engine, engine, config, num_pages)
+            cost = speculation.k * _weight_bytes(speculation.engine) / _weight_bytes(engine)
+        else:
+            self._find = jit(
+                f"find_{speculation}", lambda _, *args: found_drafts(speculation, *args), out_axes=_HISTORY_AXES
+            )
+        platform = engine.mesh.devices.flat[0].platform
+        self.pace = Pace(
+            self._k,
+            free_rows=_FREE_ROWS.get(platform, _FREE_ROWS_OF_ACCELERATORS),
+            draft_cost=cost,
+            adaptive=speculation.adaptive,
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes that each page takes beside the larger model's, on all devices together."""
+        return self._draft.page_bytes if self._draft is not None else 0
+
+    def enter(self, state: Slots, layout: Layout, slots: Sequence[int | None], texts: Sequence[Sequence[int]]) -> None:
+        """Note the texts of requests whose prompts have been run.
+
+        Args:
+            state: the slots after it.
+            layout: the rows that were run.
+            slots: of each entry; None where its prompt goes on.
+            texts: prompt and outputs of each.
+        """
+        longest = max(len(text) for text, slot in zip(texts, slots, strict=True) if slot is not None)
+        length = _SHORTEST_TEXT
+        while length < longest:
+            length *= 4
+        nobody = self._history.shape[1] - 1
+        rows = layout.ints([nobody if slot is None else slot for slot in slots], fill=nobody)
+        shown = [text if slot is not None else () for text, slot in zip(texts, slots, strict=True)]
+        lines = layout.lines(shown, min(length, self._length))
+        self._history = self._remember(self._history, state, rows, lines)
+
+    def note(self, state: Slots, slots: Any) -> None:
+        """Note what a plain step has chosen for ``slots [D, b]``."""
+        self._history = self._remember(self._history, state, slots, None)
+
+    def decode(
+        self, pages: KVPages, state: Slots, rows: Rows, taking: Taking
+    ) -> tuple[DispatchedDrafts, KVPages, Slots]:
+        """Dispatch a step that tries drafts; takes ``pages`` and ``state`` and gives new ones."""
+        if self._draft is not None:
+            last_two = self._newest(self._history, state, rows.slots)
+            drafts = self._draft.propose(state, last_two, rows, self._k)
+        else:
+            drafts = self._find(state, self._history, rows.slots)
+        brought, pages, state, self._history = self._verify(pages, state, self._history, drafts, rows)
+        return DispatchedDrafts(brought, taking, self.pace), pages, state
+
+    def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
+        """Run a chunk of prompts through the smaller model as well, if there is one.
+
+        Args:
+            chunk: as the larger one ran it.
+            earlier: ``[D, b, M]``, the pages before it; None where it starts at 0.
+            targets: the pages for it.
+        """
+        if self._draft is not None:
+            self._draft.prefill(chunk, earlier, targets)
+
+    def copy(self, sources: Any, targets: Any) -> None:
+        """Copy the smaller model's pages too."""
+        if self._draft is not None:
+            self._draft.copy(sources, targets)
+
+    def resize(self, num_pages: int) -> None:
+        """Follow a pool that grew or shrank."""
+        if self._draft is not None:
+            self._draft.resize(num_pages)
+
+
+class DraftModel:
+    """The smaller model and its cache, whose pages have the numbers of the larger one's.
+
+    Args:
+        engine: holds the smaller decoder.
+        target: holds the larger one.
+        config: the larger one's sizes.
+        num_pages: pages of each part to begin with.
+
+    Raises:
+        TaskError: tokens, context, devices or parts are not those of the larger one.
+    """
+
+    def __init__(self, engine: Engine, target: Engine, config: Any, num_pages: int) -> None:
+        own: Any = engine.config
+        if engine.family is None or engine.family.task != "generate":
+            raise TaskError("a draft engine must hold a decoder of the zoo")
+        for what, found, expected in (
+            ("tokens", own.vocab_size, config.vocab_size),
+            ("data parts", engine.data_parts, target.data_parts),
+            ("devices", engine.mesh.devices.size, target.mesh.devices.size),
+        ):
+            if found != expected:
+                raise TaskError(f"the draft model has {found} {what}, the model that it drafts for {expected}")
+        if own.context_len < config.context_len:
+            raise TaskError(
+                f"the draft model's context is {own.context_len}, shorter than the {config.context_len} of the model "
+                "that it drafts for"
+            )
+        self._engine, self._config, self._axes = engine, own, pages_axes(own)
+        self._dtype = cache_dtype(engine.mesh.devices.flat[0].platform, jnp.result_type(engine.dtype, jnp.bfloat16))
+        jit = partial(engine.jit, phase="decode")
+        parts = engine.data_parts
+        self._pages: KVPages = jit(
+            f"draft_pages_{num_pages}",
+            lambda _: KVPages.zeros(own, parts, num_pages, self._dtype),
+            out_axes=self._axes,
+        )()
+        self._insert = jit(
+            "draft_insert", lambda _, pages, *new: pages.inserted(*new), donate=(0,), out_axes=self._axes
+        )
+        self._copy = jit("draft_copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=self._axes)
+        self._gather = jit("draft_gather", lambda _, pages, tables: pages.gathered(tables))
+        self._prefill = engine.jit("draft_prefill", draft_chunk, phase="prefill")
+        self._step = jit("draft", draft, donate=(0,))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, on all devices together."""
+        return page_bytes(self._config, self._dtype)
+
+    def propose(self, state: Slots, tokens: jax.Array, rows: Rows, k: int) -> jax.Array:
+        """Dispatch ``k`` steps from the texts' last two tokens ``[D, b, 2]``; gives drafts ``[D, b, k]``."""
+        rows = replace(rows, mask=None, rule_flags=None)
+        found = []
+        for ahead in range(k):
+            tokens, self._pages = self._step(self._pages, state, tokens, np.int32(ahead), rows)
+            found.append(tokens)
+        return jnp.concatenate(found, axis=-1)
+
+    def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
+        """See ``Speculator.prefill``."""
+        pages = None if earlier is None else self._gather(self._pages, earlier)
+        keys, values = self._prefill(pages, replace(chunk, rules=None, mask=None))
+        self._pages = self._insert(self._pages, keys, values, targets)
+
+    def copy(self, sources: Any, targets: Any) -> None:
+        """See ``KVPages.copied``."""
+        self._pages = self._copy(self._pages, sources, targets)
+
+    def resize(self, num_pages: int) -> None:
+        """See ``KVPages.resized``."""
+        resized = self._engine.jit(
+            f"draft_resize_{num_pages}",
+            lambda _, pages: pages.resized(num_pages),
+            out_axes=self._axes,
+            phase="decode",
+        )
+        self._pages = resized(self._pages)
+
+
+def _weight_bytes(engine: Engine) -> int:
+    return sum(weight.nbytes for weight in engine.params.values())
