@@ -257,6 +257,28 @@ class Engine:
         (result,) = self.infer_stream((batch,), aggregate=aggregate, results=results)
         return result
 
+    def infer_local(self, batch: Any) -> Any:
+        """As ``infer`` in a job of several processes, but every rank gives rows of its own and gets their results.
+
+        No row travels between processes. Ranks may have different numbers of rows, each at least one.
+
+        Args:
+            batch: this rank's rows.
+
+        Returns:
+            Their results, numpy arrays.
+
+        Raises:
+            BatchError: a rank's batch is not what the model takes, or the mesh does not split rows by process. All
+                ranks raise it.
+        """
+        if not self.mesh.is_multi_process:
+            return self.infer(batch)
+        from spmd_infer.multihost.job import this_job
+        from spmd_infer.multihost.local_batches import infer_local
+
+        return infer_local(this_job(), self._runner, batch)
+
     def infer_stream(
         self,
         batches: Iterable[Any],
@@ -279,10 +301,11 @@ class Engine:
             BatchError: a batch is not what the model takes. The results of those before it have been yielded.
         """
         if self.mesh.is_multi_process:
-            from spmd_infer.multihost.batches import shared_batches
+            from spmd_infer.multihost.batches import ending_together, shared_batches
             from spmd_infer.multihost.job import this_job
 
             batches = shared_batches(this_job(), batches)
+            return ending_together(self._runner.run(batches, aggregate, results), batches)
         return self._runner.run(batches, aggregate, results)
 
     def warmup(self, sizes: Mapping[str, int | Sequence[int]] | None = None, *, quiet: bool = False) -> int:

@@ -28,31 +28,39 @@ def shared_batches(job: Job, batches: Iterable[Any]) -> Iterator[Any]:
     channel = job.channel
     channel.streams += 1
     stream = channel.streams
-    if job.rank != 0:
+    error = ""
+    try:
+        if job.rank == 0:
+            for batch in batches:
+                message, arrays = pack(batch, stream)
+                # Bytes of their own: the caller may change its arrays before they are all sent.
+                channel.send(message, [array.tobytes() for array in arrays])
+                yield unpack(message, arrays)
+            return
         while True:
             message, frames = channel.receive(Arrays | EndOfBatches)
-            if message.stream < stream:  # what this rank left unread of an earlier call
-                continue
-            if message.stream > stream:
+            if message.stream != stream:
                 raise ClusterError(f"rank 0 is in its call {message.stream} of infer, rank {job.rank} in its {stream}")
             if isinstance(message, EndOfBatches):
                 if message.error:
                     raise BatchError(message.error)
                 return
             yield unpack(message, frames)
-    else:
-        error = ""
-        try:
-            for batch in batches:
-                message, arrays = pack(batch, stream)
-                # Bytes of their own: the caller may change its arrays before they are all sent.
-                channel.send(message, [array.tobytes() for array in arrays])
-                yield unpack(message, arrays)
-        except Exception as problem:
-            error = f"{type(problem).__name__} on rank 0: {problem}"
-            raise
-        finally:
+    except Exception as problem:
+        error = f"{type(problem).__name__} on rank 0: {problem}"
+        raise
+    finally:
+        channel.closed = stream
+        if job.rank == 0:
             channel.send(EndOfBatches(stream, error))
+
+
+def ending_together(results: Iterator[Any], batches: Iterator[Any]) -> Iterator[Any]:
+    """The results; with them, or with an error, the batches' iteration ends too, at once and on every rank."""
+    try:
+        yield from results
+    finally:
+        batches.close()  # type: ignore[attr-defined]  # a generator
 
 
 def pack(batch: Any, stream: int = 0) -> tuple[Arrays, list[Any]]:

@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from spmd_infer.errors import ClusterError
-from spmd_infer.multihost.messages import Hello, Message, Part, Parts, decode, encode
+from spmd_infer.multihost.messages import Arrays, EndOfBatches, Hello, Message, Part, Parts, decode, encode
 from spmd_infer.multihost.place import Place
 
 logger = logging.getLogger("spmd_infer.multihost")
@@ -50,7 +50,8 @@ class Channel:
         self._received: defaultdict[int, int] = defaultdict(int)
         self._early: defaultdict[int, deque[tuple[Message, list[Any]]]] = defaultdict(deque)
         self.sent_bytes = 0
-        self.streams = 0
+        self.streams = self.closed = 0
+        """Calls of ``infer`` begun, and the last one that has ended; see ``batches``."""
 
     def send(self, message: Message, frames: Sequence[Any] = ()) -> None:
         """From the leader to all followers, or from a follower to the leader; returns once it is queued.
@@ -95,6 +96,8 @@ class Channel:
                 "repeated, or one before it is missing"
             )
         message, frames = opened
+        if isinstance(message, Arrays | EndOfBatches) and message.stream <= self.closed:
+            return self.receive(kind, seconds)  # what this rank left unread of a call that has ended
         if not isinstance(message, kind):
             raise ClusterError(
                 f"rank {self.rank} expects {getattr(kind, '__name__', kind)} from the leader, which sent "

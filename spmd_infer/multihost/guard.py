@@ -28,6 +28,7 @@ BEAT_S = 1.0
 RETRY_S = 0.25
 ANSWER_S = 1.0  # for a rank to say where it is
 SAY_S = 2.0  # for a rank to say why it ends, before it is made to
+SEEN_S = 0.1  # until what one process wrote in shared memory is seen by the other, with a wide margin
 END_S = 1.0  # from SIGABRT to SIGKILL, and for a rank to exit when told
 
 
@@ -158,6 +159,15 @@ class Guard:
         seen = {"waits": answer["waits"], "where": answer["where"], "runs": runs, "state": self._state()}
         self._to_all({"t": "status", "step": step.number, "name": step.name, **seen})
 
+    async def _freeze(self) -> None:
+        """Hold the rank at its next point, and say which one that is at the latest.
+
+        It may have looked just before; after a moment it has either come to that point or will wait at the next.
+        """
+        self.record.freeze()
+        await asyncio.sleep(SEEN_S)
+        self._to_all({"t": "at", "point": self.record.point + 1})
+
     def _state(self) -> str:
         try:
             return Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0]
@@ -186,7 +196,7 @@ class Guard:
             self._spawn(self._look())
         elif kind in ("welcome", "refused", "stop at", "all done", "show", "freeze"):
             if kind == "freeze":
-                self.record.freeze()
+                self._spawn(self._freeze())
             self._finished = self._finished or kind in ("all done", "refused")
             self._tell_rank(message)
 

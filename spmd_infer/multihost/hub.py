@@ -35,6 +35,7 @@ class Member:
     gone: bool = False
     said: bool = False
     point: int | None = None
+    stopped: bool = False
     status: Message | None = None
 
     @property
@@ -78,6 +79,7 @@ class Hub:
     _told: float = 0.0
     _drain_by: float | None = None
     _exit_by: float | None = None
+    _stopping: bool = False
     _cause: Message = field(default_factory=dict)
 
     def join(self, hello: Message, now: float) -> str | None:
@@ -132,6 +134,8 @@ class Hub:
         elif kind == "at":
             member.point = message["point"]
             self._maybe_stop()
+        elif kind == "stopped":
+            member.stopped = True
         elif kind in ("said", "shown"):
             member.said = True
             self._advance(now)
@@ -197,11 +201,11 @@ class Hub:
 
     def _check_limits(self, now: float) -> None:
         if self._drain_by is not None and now > self._drain_by:
-            late = [m.rank for m in self.members.values() if m.point is None and not m.done]
+            late = [m.rank for m in self.members.values() if not m.stopped and not m.done]
             if late:
                 text = f"came to no point where it can stop within {self.drain_s:.0f} s of SIGTERM"
                 self._report(Report(late[0], "left", text, now), now)
-            self._drain_by = None if not late else float("inf")
+            self._drain_by = float("inf")
         if self._exit_by is not None and now > self._exit_by:
             self._exit_by = float("inf")
             ended = [m.rank for m in self.members.values() if m.done]
@@ -210,12 +214,12 @@ class Hub:
             self._report(Report(ended[0], "left", text, now), now)
 
     def _maybe_stop(self) -> None:
-        """Once every rank waits at a point, all of them go on to the furthest one."""
-        if self._drain_by is None:
+        """Once it is known how far every rank can have come, all of them go on to the furthest point."""
+        if self._drain_by is None or self._stopping:
             return
         running = [member for member in self.members.values() if not member.done]
         if running and all(member.point is not None for member in running):
-            self._drain_by = None
+            self._stopping = True
             self._everyone({"t": "stop at", "point": max(member.point or 0 for member in running)})
 
     def _decide(self, now: float) -> None:

@@ -131,7 +131,8 @@ class Job:
         """Whether the job was told to stop (SIGTERM) and this is the step after which all ranks do.
 
         Every rank must call it equally often, once a step, at the same place of the program. After SIGTERM to any rank,
-        each waits here until all have come, and all go on to the furthest rank's point: they stop after the same step.
+        each waits here until it is known how far the furthest one is, and all go on to there: they stop after the same
+        step.
         """
         self._point += 1
         if self._link is None:
@@ -139,13 +140,15 @@ class Job:
         record = self._link.record
         record.point = self._point
         if self._stop_at is None and record.frozen:
-            self._link.send({"t": "at", "point": self._point})
             with self.step("agree on the last step", 3600.0):
                 said = self._link.wait(("stop at",), 3600.0)
             if said is None:
                 raise ClusterError("no word from rank 0 on the last step within 3600 s")
             self._stop_at = int(said["point"])
-        return self._stop_at is not None and self._point >= self._stop_at
+        if self._stop_at is None or self._point < self._stop_at:
+            return False
+        self._link.send({"t": "stopped"})
+        return True
 
     @property
     def stopping(self) -> bool:

@@ -48,6 +48,17 @@ with si.initialize(quiet=True) as job:
     else:
         raise AssertionError("a bad batch was taken")
     again = engine.infer(batch)  # the engine is as usable as before, on every rank
+    own = images[job.rank * 3 : 37 if job.rank == job.size - 1 else job.rank * 3 + 3]  # the last rank has most
+    try:
+        (local,) = jax.tree.leaves(engine.infer_local({"image": own}))
+    except si.SpmdInferError as error:
+        assert job.size == 4 and "model=4" in mesh and "does not split the rows of a batch by process" in str(error)
+        local = own  # not compared
+    else:
+        begin = job.rank * 3
+        (expected,) = jax.tree.leaves(everyone)
+        assert local.shape == expected[begin : begin + len(own)].shape
+        assert np.abs(local - expected[begin : begin + len(own)]).max() <= 1e-5 * np.abs(expected).max()
     (scores,), (scores_again,), (mean,) = (jax.tree.leaves(tree) for tree in (everyone, again, mean))
     assert np.array_equal(scores, scores_again)
     np.savez(f"{folder}/rank{job.rank}.npz", scores=scores, mean=mean)

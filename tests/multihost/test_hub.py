@@ -133,6 +133,8 @@ def test_all_ranks_stop_at_the_furthest_point() -> None:
     assert job.last("stop at") == {}
     job.says(1, "at", point=7)
     assert job.last("stop at") == {rank: {"t": "stop at", "point": 8} for rank in range(3)}
+    for rank in range(3):
+        job.says(rank, "stopped")
     job.passes(40)
     assert job.last("cause") == {}
 
@@ -140,7 +142,9 @@ def test_all_ranks_stop_at_the_furthest_point() -> None:
 def test_a_rank_that_cannot_stop_in_time_is_named() -> None:
     job = Job()
     job.says(1, "drain")
-    job.says(0, "at", point=7)
+    for rank in range(3):
+        job.says(rank, "at", point=7)
+    job.says(0, "stopped")
     job.says(1, "done")
     job.passes(32)
     assert "rank 2 (n2, pid 102) came to no point where it can stop within 30 s" in job.last("cause")[0]["title"]
