@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spmd_infer.errors import SpmdInferError
     from spmd_infer.generation.loop import GenerationOptions
     from spmd_infer.generation.sampling_params import SamplingParams
+    from spmd_infer.generation.speculation import Draft, PromptLookup
     from spmd_infer.generation.structured_outputs import StructuredOutputs
     from spmd_infer.mesh import MeshSpec
     from spmd_infer.multihost.start import initialize
@@ -32,6 +33,7 @@ _HOME = {
     "AxisRules": "axes",
     "Completion": "tasks.completions",
     "Concat": "aggregate",
+    "Draft": "generation.speculation",
     "Engine": "engine",
     "GenerationOptions": "generation.loop",
     "InputSpec": "tensors",
@@ -41,6 +43,7 @@ _HOME = {
     "MeshPlan": "planning.mesh_plan",
     "MeshSpec": "mesh",
     "Min": "aggregate",
+    "PromptLookup": "generation.speculation",
     "SamplingParams": "generation.sampling_params",
     "SpmdInferError": "errors",
     "StructuredOutputs": "generation.structured_outputs",
@@ -58,6 +61,7 @@ __all__ = [
     "AxisRules",
     "Completion",
     "Concat",
+    "Draft",
     "Engine",
     "GenerationOptions",
     "InputSpec",
@@ -67,6 +71,7 @@ __all__ = [
     "MeshPlan",
     "MeshSpec",
     "Min",
+    "PromptLookup",
     "SamplingParams",
     "SpmdInferError",
     "StructuredOutputs",

@@ -99,13 +99,21 @@ def test_generate_streams_the_reference_answer(smollm2: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout == "The capital of France is Paris.\n\nThe answer is: 2018-01\n"
 
-    answer = run(*command, "Water boils at", "--json", "--devices", "2")
+    answer = run(*command, "Water boils at", "--json", "--devices", "2", "--speculate", "ngram:3")
     assert answer.returncode == 0, answer.stderr
     first, second = json.loads(answer.stdout)["completions"]
     assert first["text"] == " Paris.\n\nThe answer is: 2018-01"
     assert len(first["token_ids"]) == 16
     assert first["finish_reason"] == "length"
     assert second["prompt"] == "Water boils at"
+    assert 0 <= second["accepted_tokens"] <= second["drafted_tokens"]
+
+
+@pytest.mark.parametrize(("asked", "message"), [("draft", "takes ngram or ngram:K"), ("ngram:99", "1 to 16 drafts")])
+def test_generate_refuses_other_drafts(asked: str, message: str) -> None:
+    answer = run("generate", "demo:smollm2", "x", "--speculate", asked)
+    assert answer.returncode == 4
+    assert message in answer.stderr
 
 
 def test_plan_shows_the_choice_and_the_rejected(smollm2: Path) -> None:
