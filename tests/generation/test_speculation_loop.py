@@ -12,6 +12,7 @@ from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.speculation import Draft, PromptLookup, Speculation
+from spmd_infer.planning.audit import collectives
 from tests.generation.test_loop import engine, loop, prompts, request, run
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
@@ -67,18 +68,17 @@ def test_a_repetitive_text_is_found_in_itself() -> None:
     assert turns <= 100 - one.accepted_tokens + 3
 
 
-@pytest.mark.parametrize("kind", ["lookup", "draft"])
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {"max_rows": 2},
-        {"max_chunk": PAGE_SIZE, "token_budget": 2 * PAGE_SIZE, "max_rows": 8},
-        {"chunked": False},
-        {"prefix_cache": False},
+        ("lookup", {"max_rows": 2}),
+        ("draft", {"max_chunk": PAGE_SIZE, "token_budget": 2 * PAGE_SIZE, "max_rows": 8}),
+        ("draft", {"chunked": False}),
+        ("lookup", {"prefix_cache": False}),
     ],
     ids=str,
 )
-def test_whatever_the_options_the_tokens_are_the_same(options: dict[str, Any], kind: str) -> None:
+def test_whatever_the_options_the_tokens_are_the_same(kind: str, options: dict[str, Any]) -> None:
     ids = prompts([3, 17, 30, 5, 9, 1])
     ids += [ids[2] * 5, ids[2] * 5 + [7], ids[2] * 5]  # 150 tokens: two full pages alike
     speculation: Speculation = LOOKUP if kind == "lookup" else drafts("gqa", "data=1,model=1")
@@ -170,3 +170,13 @@ def test_drafts_that_are_never_right_are_soon_no_longer_tried() -> None:
 def test_draft_models_that_do_not_fit() -> None:
     with pytest.raises(TaskError, match="has 1 data parts, the model that it drafts for 2"):
         loop("data=2,model=4", speculation=drafts("gqa", "data=1,model=1"))
+
+
+def test_parts_of_the_rows_do_not_talk_to_each_other() -> None:
+    found = engine(mesh="data=2,model=4")
+    run(loop("data=2,model=4", speculation=LOOKUP), prompts(), GREEDY)
+    programs = {program.name: program for program in found.programs}
+    looked_up = next(program for name, program in programs.items() if name.startswith("find_"))
+    for program in (looked_up, programs["remember"]):
+        assert collectives(program.compiled) == []
+    assert {each.axes(found.mesh) for each in collectives(programs["verify"].compiled)} == {("model",)}
