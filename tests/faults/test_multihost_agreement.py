@@ -29,6 +29,7 @@ with si.initialize(quiet=True) as job:
         print("begin", time.time(), flush=True)
         engine.infer(np.ones((3, 4), np.float32))
     else:
+        import spmd_infer.engine, spmd_infer.checkpoints  # seconds on a busy machine, and no part of refusing
         job.channel.gather("ready", b"")
         print("begin", time.time(), flush=True)
         si.Engine.load(folder, mesh="data=3", buckets=buckets)
