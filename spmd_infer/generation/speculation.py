@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spmd_infer.engine import Engine
 
 _LONGEST_REST = 1024
+_MOST_HOPED_FOR = 0.75  # of the drafts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ class Pace:
 
     A step's time is taken to be that of reading the weights, worth ``free_rows`` tokens of arithmetic, and of its
     tokens. Drafts pay while those accepted outweigh what the step takes longer. If they do not, plain steps follow, 16
-    at first and twice as many after each trial that fails.
+    at first and twice as many after each trial that fails. A step so large that three of four drafts would have to be
+    right is not worth a trial.
 
     Args:
         k: drafts a step.
@@ -86,7 +88,7 @@ class Pace:
     """
 
     def __init__(
-        self, k: int, *, free_rows: float, draft_cost: float = 0.0, adaptive: bool = True, window: int = 48
+        self, k: int, *, free_rows: float, draft_cost: float = 0.0, adaptive: bool = True, window: int = 24
     ) -> None:
         self._k, self._free_rows, self._draft_cost = k, free_rows, draft_cost
         self._adaptive, self._window = adaptive, window
@@ -102,6 +104,8 @@ class Pace:
         """Whether the next step, of so many rows, is to speculate; counts that step."""
         if not self._adaptive:
             return True
+        if self.break_even(rows) > _MOST_HOPED_FOR * self._k:
+            return False
         if self._resting:
             self._resting -= 1
             return False

@@ -45,6 +45,12 @@ def test_the_longer_the_step_grows_the_more_must_be_right() -> None:
     assert Pace(4, free_rows=8, draft_cost=1.0).break_even(1) == pytest.approx(1 + 4 / 9)
 
 
+def test_large_steps_are_not_tried() -> None:
+    pace = Pace(4, free_rows=8)
+    assert steps(pace, 50, rows=25, accepted=100) == [False] * 50
+    assert pace.wants(23)
+
+
 def test_without_adapting_all_steps_try_drafts() -> None:
     assert all(steps(Pace(4, free_rows=8, adaptive=False), 200, rows=8, accepted=0))
 

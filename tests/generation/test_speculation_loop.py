@@ -11,7 +11,7 @@ from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
 from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams
-from spmd_infer.generation.speculation import Draft, PromptLookup, Speculation
+from spmd_infer.generation.speculation import Draft, Pace, PromptLookup, Speculation
 from spmd_infer.planning.audit import collectives
 from tests.generation.test_loop import engine, loop, prompts, request, run
 
@@ -160,11 +160,14 @@ def test_continuations_of_one_prompt_are_those_of_each_alone() -> None:
 
 def test_drafts_that_are_never_right_are_soon_no_longer_tried() -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True)
-    used = loop(speculation=Draft(engine=engine("mha")))
+    used = loop(speculation=drafts("mha", "data=1,model=1"))
+    speculator = used._executor._speculator
+    assert speculator is not None
+    speculator.pace = Pace(4, free_rows=8)  # as if drafts cost nothing: this one is as large as the model
     found = finished(used, prompts(), [params] * 6)
     assert [one.token_ids for one in found] == run(loop(), prompts(), params)
     # A few trials of some steps each, not 4 drafts in each of 200 steps.
-    assert sum(one.drafted_tokens for one in found) < 6 * 200
+    assert 0 < sum(one.drafted_tokens for one in found) < 6 * 200
 
 
 def test_draft_models_that_do_not_fit() -> None:
