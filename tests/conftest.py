@@ -73,3 +73,9 @@ def imagenet_pictures() -> list[tuple[Path, int]]:
 def sts_b_test() -> list[tuple[float, str, str]]:
     """The 1,379 rows of the STS-B test set: score from 0 to 5, two sentences."""
     return demo.sts_b_rows(_demo("demo:sts-b"))
+
+
+@pytest.fixture(scope="session")
+def human_eval() -> list[str]:
+    """The 164 prompts of HumanEval."""
+    return demo.human_eval_prompts(_demo("demo:human-eval"))
