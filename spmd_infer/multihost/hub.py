@@ -80,6 +80,7 @@ class Hub:
     _drain_by: float | None = None
     _exit_by: float | None = None
     _stopping: bool = False
+    _refusal: str = ""
     _cause: Message = field(default_factory=dict)
 
     def join(self, hello: Message, now: float) -> str | None:
@@ -98,6 +99,8 @@ class Hub:
             )
         elif self._cause:
             why = f"the job ends: {self._cause['title']}"
+        elif self._refusal:  # of another one, before this one came
+            why = self._refusal
         elif self.phase != "gathering":
             why = f"{who} came when the job was complete; another job may use this coordinator's port"
         else:
@@ -187,7 +190,7 @@ class Hub:
             self.tell(f"waiting for {len(missing)} of {self.size} processes: rank {names}; {left:.0f} s left")
 
     def _refuse_all(self, why: str) -> None:
-        self.phase = "over"
+        self.phase, self._refusal = "over", why
         self._everyone({"t": "refused", "why": why})
 
     def _report(self, report: Report, now: float) -> None:

@@ -64,7 +64,7 @@ def test_the_port_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("each", "message"),
     [
-        ({2: {"SPMD_INFER_NUM_PROCESSES": "4"}}, "was told that the job has 4 processes, rank 0 that it has 3; see SPMD"),
+        ({2: {"SPMD_INFER_NUM_PROCESSES": "4"}}, "was told that the job has 4 processes, rank 0 that it has 3; see"),
         ({2: {"SPMD_INFER_PROCESS_ID": "1"}}, "two processes say they are rank 1: rank 1 ("),
     ],
     ids=["another count", "one rank twice"],

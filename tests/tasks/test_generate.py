@@ -152,7 +152,8 @@ def test_streams_of_one_prompt(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_shapes_and_several_continuations(engine: Engine) -> None:
-    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    age = {"type": "integer", "minimum": 0, "maximum": 150}
+    schema = {"type": "object", "properties": {"age": age}, "required": ["age"], "additionalProperties": False}
     shaped = si.SamplingParams(
         max_tokens=40, temperature=1.0, seed=4, structured_outputs=si.StructuredOutputs(json=schema)
     )
