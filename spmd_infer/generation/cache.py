@@ -11,11 +11,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from spmd_infer.axes import BATCH
-from spmd_infer.errors import TaskError
 from spmd_infer.models.attention import KEY_AXES, VALUE_AXES, ContiguousCache
 from spmd_infer.tensors import Axes
-
-_SMALLEST_LEN = 64
 
 
 class CacheSizes(Protocol):
@@ -80,22 +77,3 @@ def cache_dtype(platform: str, compute: DTypeLike) -> np.dtype[np.generic]:
     The compute dtype, but float32 on CPU whatever it is: XLA there widens a whole 16-bit buffer to update one position.
     """
     return np.dtype(np.float32) if platform == "cpu" else np.dtype(compute)
-
-
-def bytes_per_token(sizes: CacheSizes, dtype: DTypeLike = np.float32) -> int:
-    """Bytes of keys and values that one position of one row takes, on all devices together."""
-    return 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize
-
-
-def cache_bucket(length: int, context_len: int) -> int:
-    """The smallest cache length with a program of its own that holds ``length`` positions: a power of two from 64.
-
-    Raises:
-        TaskError: the model's context has no room for ``length`` positions.
-    """
-    if length > context_len:
-        raise TaskError(f"{length} positions do not fit the model's context of {context_len}")
-    bucket = _SMALLEST_LEN
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, context_len)

@@ -55,7 +55,9 @@ class Dispatched:
         for request, part, row in self.rows:
             scores = None
             if host is not None and request.params.scores:
-                scores = Scores(float(host.logprobs[part, row]), host.top_ids[part, row], host.top_logprobs[part, row])
+                most = request.params.logprobs or 0
+                top_ids, top_logprobs = host.top_ids[part, row, :most], host.top_logprobs[part, row, :most]
+                scores = Scores(float(host.logprobs[part, row]), top_ids, top_logprobs)
             found.append(Brought(request, [int(tokens[part, row])], scores))
         return found
 

@@ -6,6 +6,7 @@ sees one step late that a request has ended; the token too many is dropped.
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -49,7 +50,7 @@ class GenerationOptions:
         speculation: where drafts of tokens come from that a step then tries at once: ``PromptLookup()`` for the text
             itself, ``Draft(engine=...)`` for a smaller model. Tokens stay the same. Requests with rules about single
             tokens, and those in one batch with them, go without.
-        salt: secret that these are named with; only requests of one engine share them anyway.
+        salt: secret that these are named with; by default drawn.
     """
 
     max_rows: int = 64
@@ -99,7 +100,7 @@ class GenerationLoop:
                 chunked=options.chunked,
                 lookahead=lookahead,
                 prefix_cache=options.prefix_cache,
-                salt=options.salt,
+                salt=options.salt or secrets.token_bytes(16),
             )
         )
         self._requests: dict[str, Request] = {}
@@ -179,9 +180,13 @@ class GenerationLoop:
         with self._lock:
             with self._spanned("plan"):
                 plan = self._scheduler.plan(self.clock())
-            for sequence in (*plan.expired, *plan.rejected):
+            for sequence in plan.expired:
                 request = self._requests[str(sequence.id)]
                 request.end("deadline")
+                self._forget(request)
+            for sequence in plan.rejected:
+                request = self._requests[str(sequence.id)]
+                request.fail(self._too_long(sequence, self._executor.num_pages))
                 self._forget(request)
             self._executor.copy(plan.copies)
             dispatched: list[Dispatched | DispatchedDrafts] = [*self._prefill(plan.prefills)]
@@ -238,6 +243,13 @@ class GenerationLoop:
         """Pages that a sequence may come to hold."""
         return -(-self._scheduler.limits.reach(sequence.prompt_len + sequence.max_tokens) // PAGE_SIZE)
 
+    def _too_long(self, sequence: Scheduled, pages: int) -> TaskError:
+        return TaskError(
+            f"prompt of {sequence.prompt_len} tokens + max_tokens {sequence.max_tokens} may take "
+            f"{self._pages_of(sequence)} pages of {PAGE_SIZE} positions; the cache has room for {pages} "
+            f"({pages * self._executor.page_bytes / 1e9:.2f} GB); raise cache_bytes or shorten it"
+        )
+
     def _make_room(self, sequence: Scheduled, copies: int) -> None:
         """Let the pool grow with what is asked for, and shrink when little is: attention reads all of it.
 
@@ -246,11 +258,7 @@ class GenerationLoop:
         """
         own = self._pages_of(sequence)
         if own > self._most_pages:
-            raise TaskError(
-                f"prompt of {sequence.prompt_len} tokens + max_tokens {sequence.max_tokens} may take {own} pages of "
-                f"{PAGE_SIZE} positions; the cache has room for {self._most_pages} "
-                f"({self._most_pages * self._executor.page_bytes / 1e9:.2f} GB); raise cache_bytes or shorten it"
-            )
+            raise self._too_long(sequence, self._most_pages)
         parts, waiting = self._scheduler.limits.parts, len(self._requests) + copies
         running = min(waiting, parts * self._scheduler.limits.slots)
         # The mean of all, for as many as run at a time, and one page to spare for each part.
@@ -260,7 +268,8 @@ class GenerationLoop:
             pages *= 2
         pages = min(pages, self._most_pages)
         current = self._executor.num_pages
-        if pages > current or (4 * pages <= current and not self._scheduler.num_running):
+        # Not while others wait: the largest of them may need what the mean does not.
+        if pages > current or (4 * pages <= current and not self._requests):
             self._executor.resize(pages, self._scheduler.resize(pages))
 
     def _cache_bytes(self, options: GenerationOptions) -> int:

@@ -27,7 +27,7 @@ class Scores:
 
     Attributes:
         logprob: of the token.
-        top_ids: ``[N]`` int32, in falling order.
+        top_ids: ``[N]`` int32, in falling order; N as ``SamplingParams.logprobs`` asks.
         top_logprobs: ``[N]`` float32.
     """
 

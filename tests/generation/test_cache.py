@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spmd_infer.errors import TaskError
-from spmd_infer.generation.cache import KVCache, bytes_per_token, cache_axes, cache_bucket, cache_dtype
+from spmd_infer.generation.cache import KVCache, cache_axes, cache_dtype
+from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
 from spmd_infer.models.attention import ContiguousCache, causal_attention
 from spmd_infer.models.llama import Config
 
@@ -97,8 +97,8 @@ def _is_axes(node: object) -> bool:
 
 def test_sizes() -> None:
     # 30 layers of keys and values, 3 heads of 64.
-    assert bytes_per_token(SMOLLM2) == 30 * 2 * 3 * 64 * 4 == 46080
-    assert bytes_per_token(SMOLLM2, jnp.bfloat16) == 23040
+    assert page_bytes(SMOLLM2, np.float32) == PAGE_SIZE * 30 * 2 * 3 * 64 * 4 == PAGE_SIZE * 46080
+    assert page_bytes(SMOLLM2, jnp.bfloat16) == PAGE_SIZE * 23040
     cache = jax.eval_shape(lambda: KVCache.zeros(SMOLLM2, 4, 256, np.float32))
     assert sum(leaf.size * 4 for layer in cache.layers for leaf in jax.tree.leaves(layer)) == 4 * 256 * 46080
     assert cache.capacity == 256
@@ -109,11 +109,3 @@ def test_sizes() -> None:
 def test_cpu_keeps_float32() -> None:
     assert cache_dtype("cpu", jnp.bfloat16) == np.float32
     assert cache_dtype("gpu", jnp.bfloat16) == jnp.bfloat16
-
-
-def test_buckets() -> None:
-    assert [cache_bucket(length, 8192) for length in (1, 64, 65, 1000, 8192)] == [64, 64, 128, 1024, 8192]
-    assert cache_bucket(1000, 1000) == 1000
-    assert cache_bucket(30, 40) == 40
-    with pytest.raises(TaskError, match="8193 positions do not fit the model's context of 8192"):
-        cache_bucket(8193, 8192)

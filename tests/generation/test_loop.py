@@ -229,6 +229,37 @@ def test_requests_that_lose_their_pages_end_with_the_same_tokens(mesh: str) -> N
     assert [one.token_ids for one in requests] == run(loop(), ids, params)
 
 
+def test_a_long_request_that_waits_keeps_its_room() -> None:
+    used = loop(max_rows=1)
+    run(used, prompts([3]), GREEDY)
+    long = request(prompts([30])[0] * 8, SamplingParams(max_tokens=8, ignore_eos=True))  # 4 of 8 pages
+    pages = used._executor.num_pages
+    used._executor.resize(4 * pages, used.scheduler.resize(4 * pages))  # as after one longer still
+    used.submit(
+        [
+            request(prompts([3])[0], GREEDY),
+        ]
+    )
+    assert used._executor.num_pages == pages  # nothing else waited
+    used._executor.resize(4 * pages, used.scheduler.resize(4 * pages))
+    used.submit([long])
+    others = [request(prompt, GREEDY) for prompt in prompts()]
+    for one in others:
+        used.submit([one])
+    assert used._executor.num_pages == 4 * pages
+    used.run([long, *others])
+    assert {one.finish_reason for one in (long, *others)} == {"length"}
+
+
+def test_scores_are_as_many_as_were_asked_for() -> None:
+    one = request([5, 6], SamplingParams(max_tokens=2, logprobs=3, ignore_eos=True))
+    used = loop()
+    used.submit([one])
+    used.run([one])
+    assert [len(each.top_ids) for each in one.scores] == [3, 3]
+    assert one.scores[0].logprob == one.scores[0].top_logprobs[0]  # greedy
+
+
 def test_a_cancelled_request_gives_its_pages_back() -> None:
     used = loop(max_rows=4)
     requests = [request(prompt, SamplingParams(max_tokens=100, ignore_eos=True)) for prompt in prompts()]
