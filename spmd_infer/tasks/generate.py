@@ -266,8 +266,8 @@ def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_s
     """Refuse what cannot run, before anything does.
 
     Raises:
-        TaskError: naming the prompt's index: it is empty, has a token outside the vocabulary, or does not fit the
-            context together with the tokens asked for.
+        TaskError: naming the prompt's index: it is empty, has a token outside the vocabulary, asks for what is not
+            computed, or does not fit the context together with the tokens asked for.
     """
     size = len(ids)
     if size == 0:
@@ -276,6 +276,11 @@ def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_s
     if outside is not None:
         raise TaskError(f"prompt {index} has token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}")
     check_vocabulary(params, vocab_size)
+    if params.prompt_logprobs is not None:
+        raise TaskError(
+            f"prompt {index} asks for prompt_logprobs={params.prompt_logprobs}, which generate does not compute yet; "
+            "engine.score(texts) gives the log-probability of each token of a text"
+        )
     if size >= context_len:
         raise TaskError(f"prompt {index} has {size} tokens, but the model's context is {context_len}; shorten it")
     if size + params.max_tokens > context_len:

@@ -349,6 +349,7 @@ def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:
             {"max_tokens": 7},
             "asks for 7 more, but the model's context is 256; use max_tokens of at most 6",
         ),
+        ([[1]], {"prompt_logprobs": 2}, "prompt 0 asks for prompt_logprobs=2, which generate does not compute yet"),
         ([[1]], {"stop_token_ids": (500,)}, "stop_token_ids has 500; the vocabulary has ids 0 to 127"),
     ],
 )
