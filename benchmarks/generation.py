@@ -30,7 +30,8 @@ from spmd_infer.bench.device import measure_device
 from spmd_infer.cli.app import app
 from spmd_infer.functional import model_function
 from spmd_infer.generation.detokenizer import ByteTable, Detokenizer
-from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
+from spmd_infer.generation.generation_options import GenerationOptions
+from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.models.registry import find_family
 from spmd_infer.planning import known_models
@@ -67,28 +68,16 @@ def ours(engine: si.Engine, config: Any, most_rows: int) -> Contender:
             )
             for row, prompt in enumerate(prompts.tolist())
         ]
-        compiled, waited = engine.compiles, 0.0
-        read = loop._read
-
-        def timed(step: Any) -> None:
-            nonlocal waited
-            begin = time.perf_counter()
-            step.chosen.tokens.block_until_ready()
-            waited += time.perf_counter() - begin
-            read(step)
-
-        loop._read = timed  # type: ignore[method-assign]
-        begin = time.perf_counter()
+        compiled = engine.compiles
+        loop.times.clear()
         for request in requests:
             loop.submit([request])
         loop.run(requests)
-        total = time.perf_counter() - begin
-        loop._read = read  # type: ignore[method-assign]
         if engine.compiles > compiled:
             return run(prompts, new)  # that was the warm-up
         first = max(request.token_times[0] for request in requests) - requests[0].submitted
         last = max(request.token_times[-1] for request in requests) - requests[0].submitted
-        return Rates(prompts.size / first, len(requests) * (new - 1) / (last - first), 1 - waited / total)
+        return Rates(prompts.size / first, len(requests) * (new - 1) / (last - first), loop.times.host_share)
 
     return run
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spmd_infer.axes import AxisRules, axis_scope, constrain
     from spmd_infer.engine import Engine
     from spmd_infer.errors import SpmdInferError
-    from spmd_infer.generation.loop import GenerationOptions
+    from spmd_infer.generation.generation_options import GenerationOptions
     from spmd_infer.generation.sampling_params import SamplingParams
     from spmd_infer.generation.speculation import Draft, PromptLookup
     from spmd_infer.generation.structured_outputs import StructuredOutputs
@@ -35,7 +35,7 @@ _HOME = {
     "Concat": "aggregate",
     "Draft": "generation.speculation",
     "Engine": "engine",
-    "GenerationOptions": "generation.loop",
+    "GenerationOptions": "generation.generation_options",
     "InputSpec": "tensors",
     "MajorityVote": "aggregate",
     "Max": "aggregate",

@@ -46,8 +46,12 @@ class Dispatched:
     chosen: Chosen
     rows: Taking
 
+    def wait(self) -> None:
+        """Until the devices have done it."""
+        jax.block_until_ready(self.chosen)
+
     def read(self) -> list[Brought]:
-        """Wait for the tokens; each with its scores where its request asked for them."""
+        """The tokens, each with its scores where its request asked for them."""
         tokens = fetch(self.chosen.tokens)
         scored = self.chosen.logprobs is not None and any(r.params.scores for r, _, _ in self.rows)
         host = fetch(self.chosen) if scored else None
@@ -78,8 +82,12 @@ class DispatchedDrafts:
     pace: Pace
     name: str = "verify"
 
+    def wait(self) -> None:
+        """Until the devices have done it."""
+        jax.block_until_ready(self.verified)
+
     def read(self) -> list[Brought]:
-        """Wait for the tokens."""
+        """The tokens."""
         host = fetch(self.verified)
         found = []
         accepted = 0

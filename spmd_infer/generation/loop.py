@@ -11,18 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts
 from spmd_infer.generation.executor import Executor
+from spmd_infer.generation.generation_options import GenerationOptions
 from spmd_infer.generation.kv_pages import PAGE_SIZE
 from spmd_infer.generation.limits import Limits
+from spmd_infer.generation.loop_times import LoopTimes
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.scheduler import Scheduler
 from spmd_infer.generation.sequences import Sequence as Scheduled
-from spmd_infer.generation.speculation import Speculation
 from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.trace import Trace
 
@@ -32,35 +32,6 @@ if TYPE_CHECKING:
 _FEWEST_PAGES = 8
 _HOST_CACHE_BYTES = 4 << 30
 _DEVICE_MEMORY_SHARE = 0.85
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """How an engine generates.
-
-    Attributes:
-        max_rows: requests that run at a time; rounded up to a multiple of the parts that rows are split into.
-        cache_bytes: keys and values kept at most, on all devices together; None for 4 GiB on a CPU, and on
-            accelerators for what the weights leave of 85 % of the memory.
-        token_budget: positions that one step computes, at most: the longer, the sooner prompts are through, and the
-            longer the others wait for their next token.
-        max_chunk: tokens of a prompt run at once.
-        chunked: cut prompts longer than that into chunks; without it each is run whole.
-        prefix_cache: take over keys and values of earlier prompts that begin alike.
-        speculation: where drafts of tokens come from that a step then tries at once: ``PromptLookup()`` for the text
-            itself, ``Draft(engine=...)`` for a smaller model. Tokens stay the same. Requests with rules about single
-            tokens, and those in one batch with them, go without.
-        salt: secret that these are named with; by default drawn.
-    """
-
-    max_rows: int = 64
-    cache_bytes: int | None = None
-    token_budget: int = 1024
-    max_chunk: int = 512
-    chunked: bool = True
-    prefix_cache: bool = True
-    speculation: Speculation | None = None
-    salt: bytes = field(default=b"", repr=False)
 
 
 class GenerationLoop:
@@ -73,6 +44,7 @@ class GenerationLoop:
         options: how to generate.
 
     Attributes:
+        times: steps taken, and how long the host worked and waited.
         trace: where the times of everything are written down; None for nowhere.
     """
 
@@ -107,6 +79,7 @@ class GenerationLoop:
         self._wanted_pages = 0
         self._unread: list[Dispatched | DispatchedDrafts] = []
         self._lock = threading.RLock()
+        self.times = LoopTimes()
         self.trace: Trace | None = None
 
     @property
@@ -177,7 +150,7 @@ class GenerationLoop:
 
     def turn(self) -> bool:
         """Plan and dispatch a step, and read the one before; returns whether there is more to do."""
-        with self._lock:
+        with self._lock, self.times.turn(self.clock):
             with self._spanned("plan"):
                 plan = self._scheduler.plan(self.clock())
             for sequence in plan.expired:
@@ -218,8 +191,10 @@ class GenerationLoop:
         return nullcontext() if self.trace is None else self.trace.span(name, **facts)
 
     def _read(self, step: Dispatched | DispatchedDrafts) -> None:
-        with nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows)):
-            brought = step.read()
+        traced = nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows))
+        with traced, self.times.wait(step.name):
+            step.wait()
+        brought = step.read()
         now = None
         for request, tokens, scores, drafted in brought:
             if request.request_id not in self._requests:

@@ -17,8 +17,9 @@ from spmd_infer.errors import TaskError
 from spmd_infer.generation.bad_words import bad_word_ids
 from spmd_infer.generation.beam_loop import search
 from spmd_infer.generation.constraints import ConstraintCompiler
-from spmd_infer.generation.executor import MOST_STOPS
-from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
+from spmd_infer.generation.generation_options import GenerationOptions
+from spmd_infer.generation.loop import GenerationLoop
+from spmd_infer.generation.prompt_chunks import MOST_STOPS
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, check_vocabulary, stop_tokens
 from spmd_infer.generation.scoring import Scorer

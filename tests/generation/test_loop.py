@@ -16,8 +16,9 @@ from spmd_infer.engine import Engine
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.cache import KVCache, cache_axes
 from spmd_infer.generation.detokenizer import ByteTable, Detokenizer
+from spmd_infer.generation.generation_options import GenerationOptions
 from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
-from spmd_infer.generation.loop import GenerationLoop, GenerationOptions
+from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
 from spmd_infer.generation.scoring import Scorer
@@ -322,6 +323,20 @@ def test_the_device_is_one_step_ahead_and_stops_with_the_last_row() -> None:
     run(used, [[5, 6]], SamplingParams(max_tokens=4, ignore_eos=True))
     # Each token is read while the next step runs. The host knows max_tokens: no step is run in vain.
     assert events == ["step", "read", "step", "read", "step", "read", "read"]
+
+
+def test_the_loop_counts_its_steps_and_the_time_it_waits() -> None:
+    used = loop()
+    run(used, prompts(), GREEDY)
+    used.times.clear()
+    run(used, prompts(), GREEDY)
+    times = used.times
+    assert times.steps["decode"] == GREEDY.max_tokens - 1
+    assert times.steps["prefill"] == 1  # one length, in one go
+    assert times.turns == GREEDY.max_tokens + 1  # the last only reads
+    assert 0 < times.waited < times.seconds
+    assert times.host_seconds == pytest.approx(times.seconds - times.waited)
+    assert times.host_share == pytest.approx(times.host_seconds / times.seconds)
 
 
 def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:

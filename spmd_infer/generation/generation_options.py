@@ -1,0 +1,36 @@
+"""How an engine generates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spmd_infer.generation.speculation import Speculation
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How an engine generates.
+
+    Attributes:
+        max_rows: requests that run at a time; rounded up to a multiple of the parts that rows are split into.
+        cache_bytes: keys and values kept at most, on all devices together; None for 4 GiB on a CPU, and on
+            accelerators for what the weights leave of 85 % of the memory.
+        token_budget: positions that one step computes, at most: the longer, the sooner prompts are through, and the
+            longer the others wait for their next token.
+        max_chunk: tokens of a prompt run at once.
+        chunked: cut prompts longer than that into chunks; without it each is run whole.
+        prefix_cache: take over keys and values of earlier prompts that begin alike.
+        speculation: where drafts of tokens come from that a step then tries at once: ``PromptLookup()`` for the text
+            itself, ``Draft(engine=...)`` for a smaller model. Tokens stay the same. Requests with rules about single
+            tokens, and those in one batch with them, go without.
+        salt: secret that these are named with; by default drawn.
+    """
+
+    max_rows: int = 64
+    cache_bytes: int | None = None
+    token_budget: int = 1024
+    max_chunk: int = 512
+    chunked: bool = True
+    prefix_cache: bool = True
+    speculation: Speculation | None = None
+    salt: bytes = field(default=b"", repr=False)

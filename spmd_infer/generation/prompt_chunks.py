@@ -1,0 +1,120 @@
+"""Pieces of prompts as the programs run them: from the start of a page, padded to a few lengths, rows side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spmd_infer.generation.batches import Ints, Layout
+from spmd_infer.generation.kv_pages import PAGE_SIZE
+from spmd_infer.generation.requests import Request
+from spmd_infer.generation.sampling import SamplingArrays, sampling_arrays
+from spmd_infer.generation.sampling_params import SamplingParams
+from spmd_infer.generation.step_plan import PrefillChunk
+from spmd_infer.generation.step_programs import chunk_length, earlier_pages
+from spmd_infer.generation.steps import Chunk
+
+MOST_STOPS = 8
+"""End and stop tokens of a request with ``min_tokens``, at most."""
+
+NOBODY = SamplingParams()
+"""Parameters of rows that only fill up."""
+
+
+@dataclass(frozen=True)
+class ChunkKind:
+    """What chunks that run in one program have in common.
+
+    Attributes:
+        length: positions of each.
+        earlier: pages before each, at most; 0 where all begin their prompts.
+        ruled: whether they have rules about single tokens.
+    """
+
+    length: int
+    earlier: int
+    ruled: bool
+
+
+@dataclass(frozen=True)
+class Span:
+    """A chunk as it is run.
+
+    Attributes:
+        chunk: as it was planned.
+        request: whose it is.
+        start: the first position, the start of a page.
+        tokens: from there on.
+    """
+
+    chunk: PrefillChunk
+    request: Request
+    start: int
+    tokens: Sequence[int]
+
+    @classmethod
+    def of(cls, chunk: PrefillChunk, request: Request) -> Span:
+        """A planned chunk from the start of its first page."""
+        # Only a fork starts within a page; the page is its own by then, and its first positions are computed again.
+        start = chunk.start - chunk.start % PAGE_SIZE
+        return cls(chunk, request, start, chunk.sequence.tokens[start : chunk.start + chunk.length])
+
+    @property
+    def kind(self) -> ChunkKind:
+        """Which programs run it."""
+        return ChunkKind(
+            chunk_length(len(self.tokens)), earlier_pages(self.start // PAGE_SIZE), self.request.params.needs_rules
+        )
+
+
+def by_kind(spans: Sequence[Span]) -> dict[ChunkKind, list[Span]]:
+    """Those that run together."""
+    kinds: dict[ChunkKind, list[Span]] = {}
+    for span in spans:
+        kinds.setdefault(span.kind, []).append(span)
+    return kinds
+
+
+def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int, eos_ids: Collection[int], nobody: int) -> Chunk:
+    """Spans of one kind as a program takes them, without rules.
+
+    Args:
+        layout: the rows.
+        spans: one for each entry of the layout.
+        length: of the program.
+        eos_ids: the model's end tokens.
+        nobody: the slot of rows that only fill up.
+    """
+    sequences = [span.chunk.sequence for span in spans]
+    sampling = sampling_arrays([*(span.request.params for span in spans), NOBODY], eos_ids, most_stops=MOST_STOPS)
+    return Chunk(
+        input_ids=layout.lines([span.tokens for span in spans], length),  # type: ignore[arg-type]  # numpy, as below
+        slots=layout.ints([s.slot or 0 for s in sequences], fill=nobody),  # type: ignore[arg-type]
+        starts=layout.ints([span.start for span in spans]),  # type: ignore[arg-type]
+        counts=layout.ints([len(span.tokens) for span in spans], fill=1),  # type: ignore[arg-type]
+        generated=layout.ints([s.outputs for s in sequences]),  # type: ignore[arg-type]
+        sampling=SamplingArrays(**spread(layout, sampling)),
+        rules=None,
+        mask=None,
+    )
+
+
+def pages_before(layout: Layout, spans: Sequence[Span], earlier: int) -> Ints:
+    """The pages before each span, ``[D, b, earlier]``."""
+    return layout.lines([span.chunk.sequence.pages[: span.start // PAGE_SIZE] for span in spans], earlier)
+
+
+def pages_for(layout: Layout, spans: Sequence[Span], length: int, nowhere: int) -> Ints:
+    """The pages that each span's keys and values go to, ``[D, b, length / S]``; ``nowhere`` where it has none."""
+    count = length // PAGE_SIZE
+    own = [span.chunk.sequence.pages[span.start // PAGE_SIZE :][:count] for span in spans]
+    return layout.lines(own, count, fill=nowhere)
+
+
+def spread(layout: Layout, fields: dict[str, npt.NDArray[np.generic]]) -> dict[str, Any]:
+    """Arrays of each entry and one more as ``[D, b, ...]``; scalars as they are."""
+    return {name: layout.arrays(values) if values.ndim else values for name, values in fields.items()}

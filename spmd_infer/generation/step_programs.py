@@ -1,0 +1,111 @@
+"""The programs of generation on one engine, and the sizes that they are compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
+from spmd_infer.generation.slots import slot_axes
+from spmd_infer.generation.steps import choose, decode, forward, prefill
+
+if TYPE_CHECKING:
+    from spmd_infer.engine import Engine
+
+
+class StepPrograms:
+    """What one engine's executor dispatches; each compiled once for each combination of sizes.
+
+    Args:
+        engine: holds a decoder.
+        config: the decoder's sizes.
+        dtype: of keys and values in the cache.
+
+    Attributes:
+        prefill: ``steps.prefill``.
+        decode: ``steps.decode``.
+        forward: ``steps.forward``.
+        choose: ``steps.choose``.
+        insert: ``KVPages.inserted``.
+        copy: ``KVPages.copied``.
+        gather: ``KVPages.gathered``.
+        buckets: rows that the programs of prompts and of decode steps are compiled for.
+    """
+
+    def __init__(self, engine: Engine, config: Any, dtype: Any) -> None:
+        self._engine, self._config, self._dtype = engine, config, dtype
+        axes = pages_axes(config)
+        jit = partial(engine.jit, phase="decode")
+        self.prefill = engine.jit("prefill", prefill, donate=(0, 1), phase="prefill")
+        self.decode = jit("decode", decode, donate=(0, 1, 2))
+        self.forward = jit("forward", forward, donate=(0,))
+        self.choose = jit("choose", choose, donate=(1, 2))
+        self.insert = jit("insert", lambda _, pages, *new: pages.inserted(*new), donate=(0,), out_axes=axes)
+        self.copy = jit("copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=axes)
+        self.gather = jit("gather", lambda _, pages, tables: pages.gathered(tables))
+        self.buckets = RowBuckets()
+
+    def zeros(self, num_pages: int) -> KVPages:
+        """An empty pool of so many pages in each part."""
+        config, parts, dtype = self._config, self._engine.data_parts, self._dtype
+        pages: KVPages = self._engine.jit(
+            f"pages_{num_pages}",
+            lambda _: KVPages.zeros(config, parts, num_pages, dtype),
+            out_axes=pages_axes(config),
+            phase="decode",
+        )()
+        return pages
+
+    def resized(self, pages: KVPages, num_pages: int) -> KVPages:
+        """The first ``num_pages`` pages, new ones empty."""
+        resize = self._engine.jit(
+            f"resize_{num_pages}",
+            lambda _, pages: pages.resized(num_pages),
+            out_axes=pages_axes(self._config),
+            phase="decode",
+        )
+        found: KVPages = resize(pages)
+        return found
+
+    def laid_out(self, name: str, make: Callable[[Any], Any]) -> Any:
+        """What ``make(model)`` gives, made on the devices and laid out as slots are."""
+        axes = slot_axes(jax.eval_shape(make, None))
+        return self._engine.jit(name, make, out_axes=axes, phase="decode")()
+
+    def handed(self, tree: Any, *, before: str, after: str) -> Any:
+        """Arrays of slots moved from one phase's layout to another's."""
+        return self._engine.hand_over(tree, slot_axes(tree), before=before, after=after)
+
+
+class RowBuckets:
+    """The rows of a part that programs run, so that few are compiled."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[int]] = {}
+
+    def fit(self, kind: str, rows: int) -> int:
+        """The fewest rows that fit of those used before by programs of this kind, unless most would be wasted."""
+        known = self._known.setdefault(kind, [])
+        fitting = [size for size in known if rows <= size <= 4 * rows]
+        if fitting:
+            return min(fitting)
+        known.append(power_of_two(rows))
+        return known[-1]
+
+
+def chunk_length(tokens: int) -> int:
+    """Positions that the program for a chunk of so many tokens runs."""
+    return max(PAGE_SIZE, power_of_two(tokens))
+
+
+def earlier_pages(pages: int) -> int:
+    """Pages that the program for a chunk with so many pages before it takes; 0 for a chunk that begins its prompt."""
+    return power_of_two(pages) if pages else 0
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is not smaller."""
+    return 1 << max(0, count - 1).bit_length()
