@@ -23,7 +23,7 @@ from spmd_infer.ensemble import ensemble
 from spmd_infer.errors import CheckpointError, TaskError
 from spmd_infer.functional import ModelFunction, Params, model_function
 from spmd_infer.memory import MemoryUse, memory_use
-from spmd_infer.model_program import model_program, placed_by
+from spmd_infer.model_program import ModelProgram
 from spmd_infer.opening import OpenedModel, open_model
 from spmd_infer.pipeline import own_layouts, resolve_stages, stacked, unstacked
 from spmd_infer.placement import Placement, placed
@@ -331,7 +331,7 @@ class Engine:
         donate: tuple[int, ...] = (),
         out_axes: Any = None,
         phase: str | None = None,
-    ) -> Callable[..., Any]:
+    ) -> ModelProgram:
         """A function of the model, compiled for the mesh: what tasks are built from.
 
         Args:
@@ -342,10 +342,10 @@ class Engine:
             phase: ``prefill`` or ``decode``, for plans that lay these out differently.
 
         Returns:
-            ``g(*args)``: dispatches at once. Compiled once for each combination of shapes and dtypes, and counted.
-            Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
+            Called, it dispatches at once. Compiled once for each combination of shapes and dtypes, and counted; ahead
+            with its ``compile``. Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
         """
-        return model_program(self._programs, name, fn, donate, out_axes, phase)
+        return ModelProgram(self._programs, name, fn, donate=donate, out_axes=out_axes, phase=phase)
 
     def place(self, array: Any, axes: Axes, *, phase: str | None = None) -> jax.Array:
         """Put an array on the mesh by its logical axes; a ``jax.ShapeDtypeStruct`` is made of zeros on the devices."""
@@ -353,19 +353,6 @@ class Engine:
         if isinstance(array, jax.ShapeDtypeStruct):
             return jnp.zeros(array.shape, array.dtype, device=sharding)
         return put(array, sharding)
-
-    def hand_over(self, tree: Any, axes: Any, *, before: str, after: str) -> Any:
-        """Move arrays from one phase's layout to another's; nothing happens where the plan has one layout for both.
-
-        Args:
-            tree: arrays on the devices.
-            axes: their logical axes, a pytree prefix with tuples for leaves.
-            before: the phase that they come from.
-            after: the phase that wants them.
-        """
-        if self._placement.key(before) == self._placement.key(after):
-            return tree
-        return placed_by(self._placement, tree, axes, after)
 
     @property
     def plan(self) -> MeshPlan:

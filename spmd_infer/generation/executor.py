@@ -24,6 +24,7 @@ from spmd_infer.generation.prompt_chunks import (
     Span,
     by_kind,
     chunk_arrays,
+    entering_arrays,
     pages_before,
     pages_for,
 )
@@ -35,7 +36,7 @@ from spmd_infer.generation.speculation import Speculation
 from spmd_infer.generation.speculator import Speculator
 from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.step_programs import StepPrograms, power_of_two
-from spmd_infer.generation.steps import Chosen, Chunk, Rows
+from spmd_infer.generation.steps import Choice, Rows
 from spmd_infer.generation.token_rules import rule_flags
 from spmd_infer.models.paged_attention import PageView
 
@@ -126,37 +127,32 @@ class Executor:
     def _prefill_group(self, kind: ChunkKind, spans: Sequence[Span]) -> Dispatched | None:
         bucket = partial(self._programs.buckets.fit, f"prefill_{kind.length}_{kind.earlier}")
         layout = Layout.of([span.chunk.sequence.part for span in spans], self._parts, bucket)
-        chunk = chunk_arrays(layout, spans, kind.length, self._eos_ids, nobody=self._slots)
-        if kind.ruled:
-            requests = [span.request for span in spans]
-            chunk = replace(chunk, rules=self._book.entering(layout, spans), mask=self._book.masks(layout, requests))
+        chunk = chunk_arrays(layout, spans, kind.length)
         tables = pages_before(layout, spans, kind.earlier) if kind.earlier else None
         targets = pages_for(layout, spans, kind.length, nowhere=self.num_pages)
-        chosen = self._run_chunk(chunk, tables, targets)
+        earlier = None if tables is None else self._programs.gather(self._pages, tables)
+        logits, keys, values = self._programs.prefill(earlier, chunk)
+        self._pages = self._programs.insert(self._pages, keys, values, targets)
         if self._speculator is not None:
             self._speculator.prefill(chunk, tables, targets)
-            if any(span.chunk.last for span in spans):
-                sequences = [span.chunk.sequence for span in spans]
-                ending = [s.slot if span.chunk.last else None for s, span in zip(sequences, spans, strict=True)]
-                self._speculator.enter(self._state, layout, ending, [s.tokens for s in sequences])
+        return self._enter(kind, layout, spans, logits) if any(span.chunk.last for span in spans) else None
+
+    def _enter(self, kind: ChunkKind, layout: Layout, spans: Sequence[Span], logits: jax.Array) -> Dispatched:
+        """Choose what follows the prompts that end."""
+        entering = entering_arrays(layout, spans, self._eos_ids, nobody=self._slots)
+        if kind.ruled:
+            masks = self._book.masks(layout, [span.request for span in spans])
+            entering = replace(entering, rules=self._book.entering(layout, spans), mask=masks)
+        chosen, self._state, rules = self._programs.enter(
+            logits, self._state, self._book.rules if kind.ruled else None, entering
+        )
+        self._book.rules = rules if kind.ruled else self._book.rules
+        if self._speculator is not None:
+            self._speculator.enter(self._state, entering.slots, layout, spans)
         rows = [
             (span.request, part, row) for span, (part, row) in zip(spans, layout.places, strict=True) if span.chunk.last
         ]
-        return Dispatched("prefill", chosen, tuple(rows)) if rows else None
-
-    def _run_chunk(self, chunk: Chunk, tables: Ints | None, targets: Ints) -> Chosen:
-        """Compute a chunk after the pages in ``tables``, lay its keys and values into ``targets``."""
-        programs, ruled = self._programs, chunk.rules is not None
-        pages = None if tables is None else programs.gather(self._pages, tables)
-        state, rules = programs.handed(
-            (self._state, self._book.rules if ruled else None), before="decode", after="prefill"
-        )
-        chosen: Chosen
-        chosen, keys, values, state, rules = programs.prefill(state, rules, pages, chunk)
-        self._state, rules = programs.handed((state, rules), before="prefill", after="decode")
-        self._book.rules = rules if ruled else self._book.rules
-        self._pages = programs.insert(self._pages, keys, values, targets)
-        return chosen
+        return Dispatched("prefill", chosen, tuple(rows))
 
     def decode(self, entries: Sequence[Entry], tables: Sequence[PageTables]) -> Pending:
         """Dispatch one token more of each entry.
@@ -168,45 +164,40 @@ class Executor:
         Returns:
             The step; where a request needs a mask, its choice waits for ``Pending.finish``.
         """
-        programs = self._programs
-        layout = Layout.of([part for _, part, _ in entries], self._parts, partial(programs.buckets.fit, "decode"))
+        layout = Layout.of([part for _, part, _ in entries], self._parts, partial(self._programs.buckets.fit, "decode"))
         slots = layout.ints([slot for _, _, slot in entries], fill=self._slots)
         requests = [request for request, _, _ in entries]
+        view = PageView(**vars(page_arrays(layout, slots, tables)))
+        rows = Rows(slots=slots, view=view)  # type: ignore[arg-type]  # numpy
+        step = tuple((request, part, row) for request, (part, row) in zip(requests, layout.places, strict=True))
         params = [request.params for request in requests]
         ruled = any(p.needs_rules for p in params)
-        rows = Rows(
+        if self._speculator is not None and not ruled and self._speculator.pace.wants(len(entries)):
+            flags: Any = sampling_flags(params)
+            drafted, self._pages, self._state = self._speculator.decode(self._pages, self._state, rows, flags, step)
+            return Pending(lambda: drafted)
+        logits, self._pages = self._programs.forward(self._pages, self._state, rows)
+        if any(request.constraint is not None for request in requests):
+            return Pending(lambda: self._choose(logits, slots, layout, step))
+        done = self._choose(logits, slots, layout, step)
+        return Pending(lambda: done)
+
+    def _choose(self, logits: jax.Array, slots: Ints, layout: Layout, step: Taking) -> Dispatched:
+        params = [request.params for request, _, _ in step]
+        ruled = any(p.needs_rules for p in params)
+        choice = Choice(
             slots=slots,  # type: ignore[arg-type]  # numpy, as below
-            view=PageView(**vars(page_arrays(layout, slots, tables))),
             flags=sampling_flags(params),  # type: ignore[arg-type]
             ruled=layout.ints([p.needs_rules for p in params]) > 0 if ruled else None,  # type: ignore[arg-type]
             rule_flags=rule_flags(params) if ruled else None,  # type: ignore[arg-type]
-            mask=None,
+            mask=self._book.masks(layout, [request for request, _, _ in step]) if ruled else None,
         )
-        step = tuple((request, part, row) for request, (part, row) in zip(requests, layout.places, strict=True))
-        if self._speculator is not None and not ruled and self._speculator.pace.wants(len(entries)):
-            drafted, self._pages, self._state = self._speculator.decode(self._pages, self._state, rows, step)
-            return Pending(lambda: drafted)
-        if any(request.constraint is not None for request in requests):
-            logits, self._pages = programs.forward(self._pages, self._state, rows)
-            return Pending(lambda: self._finish(logits, rows, layout, step))
-        if ruled:
-            rows = replace(rows, mask=self._book.masks(layout, requests))
-        chosen, self._pages, self._state, rules = programs.decode(
-            self._pages, self._state, self._book.rules if ruled else None, rows
+        chosen, self._state, rules = self._programs.choose(
+            logits, self._state, self._book.rules if ruled else None, choice
         )
         self._book.rules = rules if ruled else self._book.rules
-        self._note(rows)
-        done = Dispatched("decode", chosen, step)
-        return Pending(lambda: done)
-
-    def _note(self, rows: Rows) -> None:
         if self._speculator is not None:
-            self._speculator.note(self._state, rows.slots)
-
-    def _finish(self, logits: jax.Array, rows: Rows, layout: Layout, step: Taking) -> Dispatched:
-        rows = replace(rows, mask=self._book.masks(layout, [request for request, _, _ in step]))
-        chosen, self._state, self._book.rules = self._programs.choose(logits, self._state, self._book.rules, rows)
-        self._note(rows)
+            self._speculator.note(self._state, slots)
         return Dispatched("decode", chosen, step)
 
     def _empty_state(self, rows: SamplingArrays) -> Slots:

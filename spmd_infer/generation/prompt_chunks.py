@@ -16,7 +16,7 @@ from spmd_infer.generation.sampling import SamplingArrays, sampling_arrays
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.step_programs import chunk_length, earlier_pages
-from spmd_infer.generation.steps import Chunk
+from spmd_infer.generation.steps import Chunk, Entering
 
 MOST_STOPS = 8
 """End and stop tokens of a request with ``min_tokens``, at most."""
@@ -79,24 +79,31 @@ def by_kind(spans: Sequence[Span]) -> dict[ChunkKind, list[Span]]:
     return kinds
 
 
-def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int, eos_ids: Collection[int], nobody: int) -> Chunk:
-    """Spans of one kind as a program takes them, without rules.
+def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int) -> Chunk:
+    """Spans of one kind, one for each entry of the layout, as a program of that length runs them."""
+    return Chunk(
+        input_ids=layout.lines([span.tokens for span in spans], length),  # type: ignore[arg-type]  # numpy, as below
+        starts=layout.ints([span.start for span in spans]),  # type: ignore[arg-type]
+        counts=layout.ints([len(span.tokens) for span in spans], fill=1),  # type: ignore[arg-type]
+    )
+
+
+def entering_arrays(layout: Layout, spans: Sequence[Span], eos_ids: Collection[int], nobody: int) -> Entering:
+    """What the slots of the same spans are to know, without rules.
 
     Args:
         layout: the rows.
-        spans: one for each entry of the layout.
-        length: of the program.
+        spans: one for each entry of the layout; one whose prompt goes on is entered into no slot.
         eos_ids: the model's end tokens.
         nobody: the slot of rows that only fill up.
     """
     sequences = [span.chunk.sequence for span in spans]
+    slots = [sequence.slot if span.chunk.last else nobody for span, sequence in zip(spans, sequences, strict=True)]
     sampling = sampling_arrays([*(span.request.params for span in spans), NOBODY], eos_ids, most_stops=MOST_STOPS)
-    return Chunk(
-        input_ids=layout.lines([span.tokens for span in spans], length),  # type: ignore[arg-type]  # numpy, as below
-        slots=layout.ints([s.slot or 0 for s in sequences], fill=nobody),  # type: ignore[arg-type]
-        starts=layout.ints([span.start for span in spans]),  # type: ignore[arg-type]
-        counts=layout.ints([len(span.tokens) for span in spans], fill=1),  # type: ignore[arg-type]
-        generated=layout.ints([s.outputs for s in sequences]),  # type: ignore[arg-type]
+    return Entering(
+        slots=layout.ints([slot or 0 for slot in slots], fill=nobody),  # type: ignore[arg-type]  # numpy, as below
+        lengths=layout.ints([span.start + len(span.tokens) for span in spans]),  # type: ignore[arg-type]
+        generated=layout.ints([sequence.outputs for sequence in sequences]),  # type: ignore[arg-type]
         sampling=SamplingArrays(**spread(layout, sampling)),
         rules=None,
         mask=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from spmd_infer.generation.batches import Layout
 from spmd_infer.generation.cache import cache_dtype
 from spmd_infer.generation.dispatched import DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import KVPages, page_bytes, pages_axes
+from spmd_infer.generation.prompt_chunks import Span
 from spmd_infer.generation.slots import Slots
 from spmd_infer.generation.speculation import Draft, Pace, Speculation
 from spmd_infer.generation.steps import Chunk, Rows
@@ -78,39 +78,36 @@ class Speculator:
         """Bytes that each page takes beside the larger model's, on all devices together."""
         return self._draft.page_bytes if self._draft is not None else 0
 
-    def enter(self, state: Slots, layout: Layout, slots: Sequence[int | None], texts: Sequence[Sequence[int]]) -> None:
+    def enter(self, state: Slots, slots: Any, layout: Layout, spans: Sequence[Span]) -> None:
         """Note the texts of requests whose prompts have been run.
 
         Args:
             state: the slots after it.
-            layout: the rows that were run.
-            slots: of each entry; None where its prompt goes on.
-            texts: prompt and outputs of each.
+            slots: ``[D, b]`` of the rows that were run; the last slot for one whose prompt goes on.
+            layout: the rows.
+            spans: what they ran.
         """
-        longest = max(len(text) for text, slot in zip(texts, slots, strict=True) if slot is not None)
+        texts = [span.chunk.sequence.tokens if span.chunk.last else [] for span in spans]
         length = _SHORTEST_TEXT
-        while length < longest:
+        while length < max(map(len, texts)):
             length *= 4
-        nobody = self._history.shape[1] - 1
-        rows = layout.ints([nobody if slot is None else slot for slot in slots], fill=nobody)
-        shown = [text if slot is not None else () for text, slot in zip(texts, slots, strict=True)]
-        lines = layout.lines(shown, min(length, self._length))
-        self._history = self._remember(self._history, state, rows, lines)
+        lines = layout.lines(texts, min(length, self._length))
+        self._history = self._remember(self._history, state, slots, lines)
 
     def note(self, state: Slots, slots: Any) -> None:
         """Note what a plain step has chosen for ``slots [D, b]``."""
         self._history = self._remember(self._history, state, slots, None)
 
     def decode(
-        self, pages: KVPages, state: Slots, rows: Rows, taking: Taking
+        self, pages: KVPages, state: Slots, rows: Rows, flags: Any, taking: Taking
     ) -> tuple[DispatchedDrafts, KVPages, Slots]:
         """Dispatch a step that tries drafts; takes ``pages`` and ``state`` and gives new ones."""
         if self._draft is not None:
             last_two = self._newest(self._history, state, rows.slots)
-            drafts = self._draft.propose(state, last_two, rows, self._k)
+            drafts = self._draft.propose(state, last_two, rows, flags, self._k)
         else:
             drafts = self._find(state, self._history, rows.slots)
-        brought, pages, state, self._history = self._verify(pages, state, self._history, drafts, rows)
+        brought, pages, state, self._history = self._verify(pages, state, self._history, drafts, rows, flags)
         return DispatchedDrafts(brought, taking, self.pace), pages, state
 
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
@@ -186,19 +183,18 @@ class DraftModel:
         """Bytes of one page, on all devices together."""
         return page_bytes(self._config, self._dtype)
 
-    def propose(self, state: Slots, tokens: jax.Array, rows: Rows, k: int) -> jax.Array:
+    def propose(self, state: Slots, tokens: jax.Array, rows: Rows, flags: Any, k: int) -> jax.Array:
         """Dispatch ``k`` steps from the texts' last two tokens ``[D, b, 2]``; gives drafts ``[D, b, k]``."""
-        rows = replace(rows, mask=None, rule_flags=None)
         found = []
         for ahead in range(k):
-            tokens, self._pages = self._step(self._pages, state, tokens, np.int32(ahead), rows)
+            tokens, self._pages = self._step(self._pages, state, tokens, np.int32(ahead), rows, flags)
             found.append(tokens)
         return jnp.concatenate(found, axis=-1)
 
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
         """See ``Speculator.prefill``."""
         pages = None if earlier is None else self._gather(self._pages, earlier)
-        keys, values = self._prefill(pages, replace(chunk, rules=None, mask=None))
+        keys, values = self._prefill(pages, chunk)
         self._pages = self._insert(self._pages, keys, values, targets)
 
     def copy(self, sources: Any, targets: Any) -> None:

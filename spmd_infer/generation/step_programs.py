@@ -10,7 +10,7 @@ import jax
 
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
 from spmd_infer.generation.slots import slot_axes
-from spmd_infer.generation.steps import choose, decode, forward, prefill
+from spmd_infer.generation.steps import choose, enter, forward, prefill
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -26,7 +26,7 @@ class StepPrograms:
 
     Attributes:
         prefill: ``steps.prefill``.
-        decode: ``steps.decode``.
+        enter: ``steps.enter``.
         forward: ``steps.forward``.
         choose: ``steps.choose``.
         insert: ``KVPages.inserted``.
@@ -39,9 +39,9 @@ class StepPrograms:
         self._engine, self._config, self._dtype = engine, config, dtype
         axes = pages_axes(config)
         jit = partial(engine.jit, phase="decode")
-        self.prefill = engine.jit("prefill", prefill, donate=(0, 1), phase="prefill")
-        self.decode = jit("decode", decode, donate=(0, 1, 2))
-        self.forward = jit("forward", forward, donate=(0,))
+        self.prefill = engine.jit("prefill", prefill, phase="prefill")
+        self.enter = jit("enter", enter, donate=(1, 2))
+        self.forward = jit("decode", forward, donate=(0,))
         self.choose = jit("choose", choose, donate=(1, 2))
         self.insert = jit("insert", lambda _, pages, *new: pages.inserted(*new), donate=(0,), out_axes=axes)
         self.copy = jit("copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=axes)
@@ -74,10 +74,6 @@ class StepPrograms:
         """What ``make(model)`` gives, made on the devices and laid out as slots are."""
         axes = slot_axes(jax.eval_shape(make, None))
         return self._engine.jit(name, make, out_axes=axes, phase="decode")()
-
-    def handed(self, tree: Any, *, before: str, after: str) -> Any:
-        """Arrays of slots moved from one phase's layout to another's."""
-        return self._engine.hand_over(tree, slot_axes(tree), before=before, after=after)
 
 
 class RowBuckets:

@@ -1,4 +1,4 @@
-"""The programs of generation, as pure functions of the model: run a chunk of prompts, run one token more."""
+"""The programs of generation, as pure functions of the model: run chunks of prompts or one token more, then choose."""
 
 from __future__ import annotations
 
@@ -64,9 +64,23 @@ class Chunk:
 
     Attributes:
         input_ids: ``[D, b, T]`` int32, padded on the right.
-        slots: ``[D, b]`` int32; the last slot for a row that only fills up.
         starts: ``[D, b]`` int32, where each begins in its prompt.
         counts: ``[D, b]`` int32, tokens of each, at least 1.
+    """
+
+    input_ids: jax.Array
+    starts: jax.Array
+    counts: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Entering:
+    """The rows of a chunk whose prompts may end with it: what their slots are to know.
+
+    Attributes:
+        slots: ``[D, b]`` int32; the last slot for a row that only fills up.
+        lengths: ``[D, b]`` int32, positions computed.
         generated: ``[D, b]`` int32, tokens that the request has chosen before: of one that is run again, some are
             part of the prompt now.
         sampling: parameters of each, ``[D, b, ...]``.
@@ -74,10 +88,8 @@ class Chunk:
         mask: ``[D, b, V / 32]`` uint32, tokens that may be chosen; None where ``rules`` is.
     """
 
-    input_ids: jax.Array
     slots: jax.Array
-    starts: jax.Array
-    counts: jax.Array
+    lengths: jax.Array
     generated: jax.Array
     sampling: SamplingArrays
     rules: SlotRules | None
@@ -87,53 +99,78 @@ class Chunk:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a decode step, ``b`` in each of ``D`` parts.
+    """The rows of a decode step as the model runs them, ``b`` in each of ``D`` parts.
 
     Attributes:
         slots: ``[D, b]`` int32; the last slot for a row that only fills up.
         view: which pages they use; its ``limits`` are 1 for rows that run and 0 for those that only fill up.
-        flags: what sampling may skip, the scalars of ``SamplingArrays`` by name.
-        ruled: ``[D, b]`` bool, which rows have rules; None where no row has.
-        rule_flags: the flags of ``TokenRules``; None likewise.
-        mask: as for ``Chunk``.
     """
 
     slots: jax.Array
     view: PageView
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Choice:
+    """The rows of a decode step as their next tokens are chosen.
+
+    Attributes:
+        slots: as for ``Rows``.
+        flags: what sampling may skip, the scalars of ``SamplingArrays`` by name.
+        ruled: ``[D, b]`` bool, which rows have rules; None where no row has.
+        rule_flags: the flags of ``TokenRules``; None likewise.
+        mask: as for ``Entering``.
+    """
+
+    slots: jax.Array
     flags: dict[str, jax.Array]
     ruled: jax.Array | None
     rule_flags: dict[str, jax.Array] | None
     mask: jax.Array | None
 
 
-def prefill(
-    model: Decoder, state: Slots, rules: SlotRules | None, earlier: tuple[Layers, Layers] | None, chunk: Chunk
-) -> tuple[Chosen, Layers, Layers, Slots, SlotRules | None]:
-    """Run a chunk of prompts, and choose the token that follows each.
+def prefill(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[jax.Array, Layers, Layers]:
+    """Run a chunk of prompts.
 
     Args:
         model: the decoder.
-        state: the slots; donate it.
-        rules: the slots' rules; donate it. None where no row has any.
         earlier: pages of keys and values before the chunk as ``KVPages.gathered`` gives them; None where every row
             starts at 0.
         chunk: the rows.
 
     Returns:
-        What was chosen (of no meaning where the prompt goes on after the chunk), keys and values ``[D b, T, K, H]`` of
-        each layer, the slots and their rules.
+        Logits ``[D b, V]`` of the token that follows each, of no use where the prompt goes on after the chunk; keys and
+        values ``[D b, T, K, H]`` of each layer.
     """
     x, keys, values = run_chunk(model, earlier, chunk)
-    counts = flat(chunk.counts)
-    last = jnp.take_along_axis(x, (counts - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-    if rules is not None and chunk.rules is not None:
-        rules = put(rules, chunk.slots, chunk.rules)
+    last = jnp.take_along_axis(x, (flat(chunk.counts) - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    return constrain(model.logits(last), BATCH, VOCAB), keys, values
+
+
+def enter(
+    model: Decoder, logits: jax.Array, state: Slots, rules: SlotRules | None, entering: Entering
+) -> tuple[Chosen, Slots, SlotRules | None]:
+    """Choose the token that follows each prompt, and note in its slot what decoding needs to know.
+
+    Args:
+        model: not asked.
+        logits: ``[D b, V]`` from ``prefill``.
+        state: the slots; donate it.
+        rules: the slots' rules; donate it. None where no row has any.
+        entering: the rows.
+
+    Returns:
+        What was chosen, the slots and their rules.
+    """
+    del model
+    if rules is not None and entering.rules is not None:
+        rules = put(rules, entering.slots, entering.rules)
     chosen, rules = _choose(
-        model.logits(last), chunk.slots, chunk.sampling, chunk.generated, rules, chunk.rules, chunk.mask
+        logits, entering.slots, entering.sampling, entering.generated, rules, entering.rules, entering.mask
     )
-    state = state.advanced(chunk.slots, chosen.tokens, chunk.starts + chunk.counts, chunk.generated + 1)
-    state = replace(state, sampling=put(state.sampling, chunk.slots, chunk.sampling))
-    return chosen, keys, values, state, rules
+    state = state.advanced(entering.slots, chosen.tokens, entering.lengths, entering.generated + 1)
+    return chosen, replace(state, sampling=put(state.sampling, entering.slots, entering.sampling)), rules
 
 
 def run_chunk(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[jax.Array, Layers, Layers]:
@@ -147,30 +184,20 @@ def run_chunk(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chun
     return x, keys, values
 
 
-def decode(
-    model: Decoder, pages: KVPages, state: Slots, rules: SlotRules | None, rows: Rows
-) -> tuple[Chosen, KVPages, Slots, SlotRules | None]:
-    """Run each row's last token and choose its next.
+def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[jax.Array, KVPages]:
+    """Run each row's last token.
+
+    Apart from the choice of the next one, so that a program of the model is needed for each size of the pool but none
+    for each way of choosing; and so that the host can make masks meanwhile.
 
     Args:
         model: the decoder.
         pages: the cache; donate it.
-        state: the slots; donate it.
-        rules: the slots' rules; donate it. None where no row has any.
+        state: the slots.
         rows: which rows, and their pages.
 
     Returns:
-        What was chosen, the cache with one position more of each row, the slots and their rules.
-    """
-    logits, pages = forward(model, pages, state, rows)
-    chosen, state, rules = choose(model, logits, state, rules, rows)
-    return chosen, pages, state, rules
-
-
-def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[jax.Array, KVPages]:
-    """The first half of ``decode``: logits ``[D b, V]`` of each row's next token, and the cache; donate it.
-
-    On its own where the choice needs a mask that the host makes meanwhile.
+        Logits ``[D b, V]`` of each row's next token, and the cache with one position more of each row.
     """
     lengths = take(state.lengths, rows.slots)
     view = replace(rows.view, limits=rows.view.limits * (lengths + 1))
@@ -182,18 +209,29 @@ def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[j
 
 
 def choose(
-    model: Decoder, logits: jax.Array, state: Slots, rules: SlotRules | None, rows: Rows
+    model: Decoder, logits: jax.Array, state: Slots, rules: SlotRules | None, choice: Choice
 ) -> tuple[Chosen, Slots, SlotRules | None]:
-    """The second half of ``decode``; ``state`` and ``rules`` are to be donated."""
+    """Choose each row's next token.
+
+    Args:
+        model: not asked.
+        logits: ``[D b, V]`` from ``forward``.
+        state: the slots; donate it.
+        rules: the slots' rules; donate it. None where no row has any.
+        choice: the rows.
+
+    Returns:
+        What was chosen, the slots and their rules.
+    """
     del model
-    lengths, generated = take((state.lengths, state.generated), rows.slots)
-    sampling = replace(take(state.sampling, rows.slots), **rows.flags)
+    lengths, generated = take((state.lengths, state.generated), choice.slots)
+    sampling = replace(take(state.sampling, choice.slots), **choice.flags)
     own = None
-    if rules is not None and rows.rule_flags is not None and rows.ruled is not None:
-        own = take(rules, rows.slots).only(rows.ruled)
-        own = replace(own, rules=replace(own.rules, **rows.rule_flags))
-    chosen, rules = _choose(logits, rows.slots, sampling, generated, rules, own, rows.mask)
-    return chosen, state.advanced(rows.slots, chosen.tokens, lengths + 1, generated + 1), rules
+    if rules is not None and choice.rule_flags is not None and choice.ruled is not None:
+        own = take(rules, choice.slots).only(choice.ruled)
+        own = replace(own, rules=replace(own.rules, **choice.rule_flags))
+    chosen, rules = _choose(logits, choice.slots, sampling, generated, rules, own, choice.mask)
+    return chosen, state.advanced(choice.slots, chosen.tokens, lengths + 1, generated + 1), rules
 
 
 def _choose(

@@ -40,7 +40,13 @@ def found_drafts(options: PromptLookup, state: Slots, history: jax.Array, slots:
 
 
 def verify(
-    model: Decoder, pages: KVPages, state: Slots, history: jax.Array, drafts: jax.Array, rows: Rows
+    model: Decoder,
+    pages: KVPages,
+    state: Slots,
+    history: jax.Array,
+    drafts: jax.Array,
+    rows: Rows,
+    flags: dict[str, jax.Array],
 ) -> tuple[jax.Array, KVPages, Slots, jax.Array]:
     """Run each row's last token and its drafts, and choose a token after each.
 
@@ -51,6 +57,7 @@ def verify(
         history: as for ``remember``; donate it.
         drafts: ``[D, b, k]`` int32; -1 for none.
         rows: which rows, and their pages; none has rules.
+        flags: as for ``Choice``.
 
     Returns:
         ``[D, b, k + 3]`` int32: the ``k + 1`` tokens chosen, how many of them count, and how many drafts there were;
@@ -62,7 +69,7 @@ def verify(
     tokens = jnp.concatenate((last[..., None], drafts), axis=-1)  # [D, b, T]
     x, pages = _run(model, pages, tokens, lengths[..., None] + ahead, rows)
     steps = generated[..., None] + ahead
-    chosen = _sampled(model, x, replace(take(state.sampling, slots), **rows.flags), steps)
+    chosen = _sampled(model, x, replace(take(state.sampling, slots), **flags), steps)
     right = jnp.cumprod(chosen[..., :-1] == drafts, axis=-1)
     count = 1 + right.sum(axis=-1)
     newest = jnp.take_along_axis(chosen, count[..., None] - 1, axis=-1)[..., 0]
@@ -74,7 +81,13 @@ def verify(
 
 
 def draft(
-    model: Decoder, pages: KVPages, state: Slots, tokens: jax.Array, ahead: jax.Array, rows: Rows
+    model: Decoder,
+    pages: KVPages,
+    state: Slots,
+    tokens: jax.Array,
+    ahead: jax.Array,
+    rows: Rows,
+    flags: dict[str, jax.Array],
 ) -> tuple[jax.Array, KVPages]:
     """Let the smaller model say what comes next.
 
@@ -85,6 +98,7 @@ def draft(
         tokens: ``[D, b, T]`` int32, the last of each text so far.
         ahead: scalar int32, how many drafts are among them.
         rows: as for ``verify``.
+        flags: as for ``Choice``.
 
     Returns:
         ``[D, b, 1]`` int32, with the noise that the larger model will draw with, and the cache.
@@ -93,7 +107,7 @@ def draft(
     length = tokens.shape[-1]
     positions = lengths[..., None] + ahead + jnp.arange(1 - length, 1)
     x, pages = _run(model, pages, tokens, positions, rows)
-    sampling = replace(take(state.sampling, rows.slots), **rows.flags)
+    sampling = replace(take(state.sampling, rows.slots), **flags)
     chosen = _sampled(model, x[:, :, -1:], sampling, generated[..., None] + ahead)
     return constrain(chosen, ATTN_BATCH, None, None), pages
 

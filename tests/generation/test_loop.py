@@ -140,8 +140,8 @@ def test_prefill_and_decode_logits_equal_the_full_forward(variant: str, mesh_tex
 def test_collectives_of_a_decode_step(mesh_text: str) -> None:
     run(loop(mesh_text), prompts(), GREEDY)
     found = engine(mesh=mesh_text)
-    program = next(program for program in found.programs if program.name == "decode")
-    used = collectives(program.compiled)
+    programs = {program.name: program for program in found.programs}
+    used = [each for name in ("decode", "choose") for each in collectives(programs[name].compiled)]
     print(f"\ndecode {mesh_text}: {summary(used, found.mesh)}")
     parts = dict(found.mesh.shape)
     if parts["model"] == 1:
