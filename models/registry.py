@@ -84,6 +84,12 @@ class Family:
         model: nnx.Module = nnx.eval_shape(lambda: build(config, rngs=_OneKey()))
         return model
 
+    @property
+    def layers(self) -> str | None:
+        """The path of the model's list of layers, where all of them are alike (as pipelines need them)."""
+        found: str | None = getattr(getattr(import_module(self.module), self.model), "pipelined_layers", None)
+        return found
+
     def input_spec(self, config: ModelConfig) -> dict[str, InputSpec]:
         """The model's inputs by argument name."""
         spec: dict[str, InputSpec] = import_module(self.module).input_spec(config)

@@ -24,6 +24,7 @@ from spmd_infer.models.quantised import SCALE_END, WeightFormat, quantised
 from spmd_infer.models.registry import ModelConfig, family_named
 from spmd_infer.planning.traces import Shallow
 from spmd_infer.planning.workload import Workload
+from spmd_infer.repeated_layers import BUILT, deepened, repeated
 from spmd_infer.tensors import InputSpec, Source
 
 MANY_LAYERS = 8
@@ -81,7 +82,7 @@ class DescribedModel:
 
         def cut(num_layers: int) -> tuple[ModelFunction, dict[str, Any]]:
             config: Any = replace(self.config, num_layers=num_layers)  # type: ignore[type-var]  # every Config is one
-            model, _ = _abstract(self.family, config, self.weight_format, self.dtype)
+            model, _ = abstract_model(self.family, config, self.weight_format, self.dtype)
             params = {
                 path: jax.ShapeDtypeStruct(p.shape, self.model.params[path].dtype) for path, p in model.params.items()
             }
@@ -110,10 +111,23 @@ class OpenedModel(DescribedModel):
     table: dict[str, Source]
 
 
-def _abstract(
+def abstract_model(
     family: Family, config: ModelConfig, weight_format: WeightFormat | None, dtype: Any
 ) -> tuple[ModelFunction, Mapping[str, WeightFormat]]:
     """A family's model without weights, its projections quantised if they are to be, and the format of each."""
+    depth, layers = getattr(config, "num_layers", 0), family.layers
+    if depth < MANY_LAYERS or layers is None:
+        return _built(family, config, weight_format, dtype)
+    small: Any = replace(config, num_layers=BUILT)  # type: ignore[type-var]  # every Config is a dataclass
+    few, formats = _built(family, small, weight_format, dtype)
+    whole = deepened(few, layers, depth, lambda: _built(family, config, weight_format, dtype)[0])
+    return whole, repeated(formats, layers, depth)
+
+
+def _built(
+    family: Family, config: ModelConfig, weight_format: WeightFormat | None, dtype: Any
+) -> tuple[ModelFunction, Mapping[str, WeightFormat]]:
+    """The same with every layer built."""
     module = family.abstract(config)
     formats = quantised(module, weight_format, dtype) if weight_format is not None else {}
     return model_function(module), formats
@@ -136,7 +150,7 @@ def describe_model(config: Mapping[str, Any], dtype: Any = None, quantize: str |
     said = dtype if dtype is not None else config.get("dtype", config.get("torch_dtype", "bfloat16"))
     wanted = floating_dtype(said)
     weight_format = WeightFormat.parse(quantize) if quantize is not None else None
-    model, formats = _abstract(family, sizes, weight_format, wanted)
+    model, formats = abstract_model(family, sizes, weight_format, wanted)
     params = {
         path: value if _of_quantised(path, formats) else jax.ShapeDtypeStruct(value.shape, wanted)
         for path, value in model.params.items()
@@ -206,7 +220,7 @@ def match_model(
     weight_format = WeightFormat.parse(quantize) if quantize is not None else None
     if weight_format is not None and wanted is None:
         wanted = default
-    model, formats = _abstract(family, config, weight_format, wanted)
+    model, formats = abstract_model(family, config, weight_format, wanted)
     read = [name for name in model.params if name.removesuffix(SCALE_END) not in formats or name in formats]
     if stored is not None and stored.family is not None:
         table = {name: Source(name) for name in read}

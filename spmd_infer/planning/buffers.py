@@ -67,6 +67,7 @@ class _Assignment:
     def __post_init__(self) -> None:
         found = [self.effects(op.item) if op.item is not None else Effect() for op in self.flow.ops]
         self._effects = found
+        self._can_fuse = [_can_fuse(op, effect) for op, effect in zip(self.flow.ops, found, strict=True)]
         self._root: dict[int, int] = {}  # through constraints that are nothing
         self._maker: dict[int, int] = {}
         self._users: dict[int, list[int]] = defaultdict(list)
@@ -87,15 +88,8 @@ class _Assignment:
     def _of(self, value: int) -> int:
         return self._root.get(value, value)
 
-    def _fusible(self, place: int) -> bool:
-        """Whether an operation can be computed inside what uses its result. Look-ups can that need no message."""
-        op = self.flow.ops[place]
-        if isinstance(op.item, Product) and op.item.lookup:
-            return self._effects[place] == Effect()
-        return op.fusible
-
     def _takes_fused(self, place: int) -> bool:
-        return self._fusible(place) or self.flow.ops[place].fuses
+        return self._can_fuse[place] or self.flow.ops[place].fuses
 
     def _is_stored(self, value: int) -> bool:
         """Whether a value is written to memory; what it is computed inside of, it remembers."""
@@ -104,7 +98,7 @@ class _Assignment:
         for user in users:
             for made in self.flow.ops[user].outputs:
                 into |= {user} if made in self._stored else self._into.get(made, set())
-        if value in self._results or not self._fusible(self._maker[value]):
+        if value in self._results or not self._can_fuse[self._maker[value]]:
             return bool(users) or value in self._results
         if any(not self._takes_fused(user) for user in users):
             return True
@@ -129,7 +123,7 @@ class _Assignment:
         if value not in self._maker:
             return {}
         place = self._maker[value]
-        fusible = self._fusible(place)
+        fusible = self._can_fuse[place]
         again = fusible and self.flow.ops[place].twice and self._takes_fused(user)
         if value in self._stored and not again:
             return {value: not self.flow.ops[place].flat_output}
@@ -226,3 +220,10 @@ class _Assignment:
             else:
                 kept.append(slot)
         return kept
+
+
+def _can_fuse(op: Op, effect: Effect) -> bool:
+    """Whether an operation can be computed inside what uses its result. Look-ups can that need no message."""
+    if isinstance(op.item, Product) and op.item.lookup:
+        return effect == Effect()
+    return op.fusible

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -52,6 +53,7 @@ class WeightLayout:
         return self.nbytes // self.parts
 
 
+@cache
 def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     """Bytes of an array; a PRNG key counts as its raw words."""
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
@@ -69,20 +71,30 @@ def weight_layouts(model: ModelFunction, rules: AxisRules, mesh_shape: Mapping[s
         AxisError: a weight's axes do not match its rank, or collide on one mesh axis.
     """
     layouts = []
+    known: dict[Any, tuple[PartitionSpec, str, int]] = {}  # the layers of a model repeat each other
     for path, value in model.params.items():
         shape, axes = tuple(value.shape), model.axes.get(path)
-        whole = ""
-        if axes is not None:
-            resolved = rules.resolve(axes, shape, mesh_shape)
-            spec = resolved.spec
-            whole = "; ".join(
-                f"{units} {logical} do not divide over {axis}={parts}"
-                for logical, units, axis, parts in resolved.replicated
+        key = shape, axes, value.dtype
+        if key not in known:
+            spec, whole = (
+                _default_spec(shape, nbytes(shape, value.dtype), mesh_shape.get(MODEL, 1))
+                if axes is None
+                else _spec_by_rules(axes, shape, rules, mesh_shape)
             )
-        else:
-            spec, whole = _default_spec(shape, nbytes(shape, value.dtype), mesh_shape.get(MODEL, 1))
-        layouts.append(WeightLayout(path, shape, value.dtype, axes, spec, whole, spec_parts(spec, mesh_shape)))
+            known[key] = spec, whole, spec_parts(spec, mesh_shape)
+        layouts.append(WeightLayout(path, shape, value.dtype, axes, *known[key]))
     return layouts
+
+
+def _spec_by_rules(
+    axes: Axes, shape: tuple[int, ...], rules: AxisRules, mesh_shape: Mapping[str, int]
+) -> tuple[PartitionSpec, str]:
+    """The spec of a weight with logical axes, and what stays whole that a rule wanted split."""
+    resolved = rules.resolve(axes, shape, mesh_shape)
+    whole = "; ".join(
+        f"{units} {logical} do not divide over {axis}={parts}" for logical, units, axis, parts in resolved.replicated
+    )
+    return resolved.spec, whole
 
 
 def spec_parts(spec: PartitionSpec, mesh_shape: Mapping[str, int]) -> int:

@@ -12,12 +12,10 @@ from tests.cli.test_commands import run
 
 def test_a_model_far_larger_than_this_machine(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = run(
         *("plan", "llama-3.1-405b", "--devices", "16xH200", "--hosts", "2", "--input", "2000", "--output", "200"),
         *("--html", str(page), "--json"),
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert answer.returncode == 0, answer.stderr
     document = json.loads(answer.stdout)
     assert document["devices"] == {"kind": "h200", "count": 16, "hosts": 2}
@@ -27,8 +25,21 @@ def test_a_model_far_larger_than_this_machine(tmp_path: Path) -> None:
     assert chosen["memory_bytes"]["total"] < document["hardware"]["plannable_bytes"]
     text = " ".join(ET.fromstring(page.read_text("utf-8")).itertext())
     assert document["traffic"] in text
-    # Less than 3 s on a quiet machine; processor time says nearly the same on a busy one.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 6
+
+
+def test_a_plan_takes_less_than_three_seconds() -> None:
+    command = ("plan", "llama-3.1-405b", "--devices", "16xH100", "--hosts", "2", "--input", "2000", "--output", "200")
+    # Processor time, start and imports included, says nearly the same on a busy machine as the clock on a quiet one:
+    # about 1.7 s. A crowded one slows that down too, so the best of three counts.
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run(*command).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if taken[-1] < 3:
+            break
+    assert min(taken) < 3, taken
 
 
 def test_a_configuration_is_enough(tmp_path: Path) -> None:
