@@ -244,6 +244,17 @@ def current_scope() -> tuple[AxisRules, Mesh] | None:
     return _scope.get()
 
 
+def current_platform() -> str:
+    """The platform of the devices that the model is being traced for; outside an engine that of this process."""
+    import jax
+    from jax.sharding import Mesh
+
+    scope = current_scope()
+    mesh = scope[1] if scope is not None else None
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]  # pipelines' are abstract
+    return str(device.platform)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask XLA to lay an activation out by its logical axes.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spmd_infer.cli.options import (
+    CacheDtype,
     Debug,
     Devices,
     Dtype,
@@ -86,6 +87,7 @@ def evaluate(
     devices: Devices = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = "auto",
     verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
@@ -98,12 +100,18 @@ def evaluate(
     wanted = task or own
     if wanted is None or wanted is not own:
         raise TaskError(f"{model} is measured by {own}, not by {task}" if own else f"{model} cannot be measured")
+    if cache_dtype != "auto":
+        if wanted is not Measure.PERPLEXITY:
+            raise TaskError(f"--cache-dtype is of models that generate; {model} keeps no keys and values")
+        from spmd_infer.generation.generation_options import GenerationOptions
+
+        engine.task("generate", GenerationOptions(cache_dtype=cache_dtype))
     begin = time.perf_counter()
     found = _measured(engine, wanted, text, windows, window_len, pairs, images)
     seconds = time.perf_counter() - begin
     if as_json:
         weights = sum(weight.nbytes for weight in engine.params.values())
-        facts = {"quantize": quantize, "dtype": str(engine.dtype), "weight_bytes": weights}
+        facts = {"quantize": quantize, "cache_dtype": cache_dtype, "dtype": str(engine.dtype), "weight_bytes": weights}
         print_json({**run_facts(engine, seconds), **facts, "task": wanted.value, **asdict(found)})
         return
     typer.echo(_words(found))

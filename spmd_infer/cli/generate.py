@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spmd_infer.cli.options import (
+    CacheDtype,
     Debug,
     Devices,
     Dtype,
@@ -70,6 +71,7 @@ def generate(
     devices: Devices = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = "auto",
     verify: Verify = VerifyLevel.FULL,
     as_json: Json = False,
     debug: Debug = False,
@@ -88,8 +90,8 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    if drafts is not None:
-        engine.task("generate", GenerationOptions(speculation=drafts))
+    if drafts is not None or cache_dtype != "auto":
+        engine.task("generate", GenerationOptions(speculation=drafts, cache_dtype=cache_dtype))
     if trace is not None:
         from spmd_infer.generation.trace import Trace
 

@@ -59,6 +59,14 @@ Quantize = Annotated[
     ),
 ]
 
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        help="Hold keys and values as float32, bfloat16, int8 or fp8; auto takes what is fastest on the devices.",
+        envvar="SPMD_INFER_CACHE_DTYPE",
+    ),
+]
+
 
 class VerifyLevel(StrEnum):
     """How a native checkpoint is checked while it is read."""

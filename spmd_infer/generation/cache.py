@@ -7,7 +7,6 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from spmd_infer.axes import BATCH
@@ -69,11 +68,3 @@ def cache_axes(sizes: CacheSizes) -> KVCache:
 
 def _layer_axes(keys: Axes, values: Axes) -> ContiguousCache:
     return ContiguousCache(keys, values)  # type: ignore[arg-type]  # a tree of axes, not of arrays
-
-
-def cache_dtype(platform: str, compute: DTypeLike) -> np.dtype[np.generic]:
-    """The dtype that keys and values are kept in.
-
-    The compute dtype, but float32 on CPU whatever it is: XLA there widens a whole 16-bit buffer to update one position.
-    """
-    return np.dtype(np.float32) if platform == "cpu" else np.dtype(compute)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from spmd_infer.generation.batches import Ints, Layout, page_arrays
-from spmd_infer.generation.cache import cache_dtype
 from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import page_bytes
 from spmd_infer.generation.page_tables import PageTables
@@ -38,7 +37,8 @@ from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.step_programs import StepPrograms, power_of_two
 from spmd_infer.generation.steps import Choice, Rows
 from spmd_infer.generation.token_rules import rule_flags
-from spmd_infer.models.paged_attention import PageView
+from spmd_infer.models.cache_formats import CacheFormat
+from spmd_infer.models.page_view import PageView
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -56,6 +56,7 @@ class Executor:
         eos_ids: the model's end tokens.
         slots: sequences that run at a time in each part.
         num_pages: pages of each part to begin with.
+        cache_dtype: what the cache holds, as ``CacheFormat.of`` takes it.
         speculation: where drafts come from; None for none.
     """
 
@@ -67,19 +68,23 @@ class Executor:
         *,
         slots: int,
         num_pages: int,
+        cache_dtype: str = "auto",
         speculation: Speculation | None = None,
     ) -> None:
         self._config, self._eos_ids = config, frozenset(eos_ids)
         self._parts, self._slots = engine.data_parts, slots
-        self.dtype = cache_dtype(engine.mesh.devices.flat[0].platform, jnp.result_type(engine.dtype, jnp.bfloat16))
-        self._programs = StepPrograms(engine, config, self.dtype)
+        platform = engine.mesh.devices.flat[0].platform
+        self._format = CacheFormat.of(cache_dtype, platform, jnp.result_type(engine.dtype, jnp.bfloat16))
+        self._programs = StepPrograms(engine, config, self._format)
         rows = SamplingArrays(**sampling_arrays([], eos_ids, most_stops=MOST_STOPS))  # type: ignore[arg-type]  # numpy
         self._state: Slots = self._programs.laid_out("slots", lambda _: self._empty_state(rows))
         self._book = RuleBook(self._programs, parts=self._parts, slots=slots, vocab_size=config.vocab_size)
         self._pages = self._programs.zeros(num_pages)
         self._speculator: Speculator | None = None
         if speculation is not None:
-            self._speculator = Speculator(engine, config, speculation, slots=slots, num_pages=num_pages)
+            self._speculator = Speculator(
+                engine, config, speculation, slots=slots, num_pages=num_pages, cache_dtype=cache_dtype
+            )
 
     @property
     def num_pages(self) -> int:
@@ -90,7 +95,7 @@ class Executor:
     def page_bytes(self) -> int:
         """Bytes of one page, on all devices together."""
         drafts = self._speculator.page_bytes if self._speculator is not None else 0
-        return page_bytes(self._config, self.dtype) + drafts
+        return page_bytes(self._config, self._format) + drafts
 
     def resize(self, num_pages: int, moves: Sequence[tuple[int, int, int]]) -> None:
         """Grow or shrink every part's pool, after moving pages ``(part, source, destination)``."""

@@ -15,6 +15,8 @@ class GenerationOptions:
         max_rows: requests that run at a time; rounded up to a multiple of the parts that rows are split into.
         cache_bytes: keys and values kept at most, on all devices together; None for 4 GiB on a CPU, and on
             accelerators for what the weights leave of 85 % of the memory.
+        cache_dtype: what the cache holds: ``auto`` (what the model computes in; float32 on a CPU), ``float32``,
+            ``bfloat16``, ``int8``, or ``fp8`` (float8, e4m3), the last two with a scale for each position and head.
         token_budget: positions that one step computes, at most: the longer, the sooner prompts are through, and the
             longer the others wait for their next token.
         max_chunk: tokens of a prompt run at once.
@@ -28,6 +30,7 @@ class GenerationOptions:
 
     max_rows: int = 64
     cache_bytes: int | None = None
+    cache_dtype: str = "auto"
     token_budget: int = 1024
     max_chunk: int = 512
     chunked: bool = True

@@ -56,7 +56,13 @@ class GenerationLoop:
         parts = engine.data_parts
         slots = -(-options.max_rows // parts)
         self._executor = Executor(
-            engine, config, eos_ids, slots=slots, num_pages=_FEWEST_PAGES, speculation=options.speculation
+            engine,
+            config,
+            eos_ids,
+            slots=slots,
+            num_pages=_FEWEST_PAGES,
+            cache_dtype=options.cache_dtype,
+            speculation=options.speculation,
         )
         lookahead = options.speculation.k if options.speculation is not None else 0
         self._most_pages = max(1, self._cache_bytes(options) // self._executor.page_bytes // parts)

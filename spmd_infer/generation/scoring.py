@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,8 @@ from spmd_infer.axes import BATCH, SEQ, VOCAB, constrain
 from spmd_infer.batching import Buckets
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.steps import Decoder
+from spmd_infer.models.cache_formats import CacheFormat
+from spmd_infer.models.chunk_attention import ChunkCache
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -29,12 +32,16 @@ class Scorer:
     Args:
         engine: holds a decoder.
         config: the decoder's sizes: ``vocab_size`` and ``context_len``.
+        cache_dtype: score with keys and values as a cache of this kind gives them back.
     """
 
-    def __init__(self, engine: Engine, config: Any) -> None:
+    def __init__(self, engine: Engine, config: Any, cache_dtype: str = "auto") -> None:
         self._engine = engine
         self._config = config
-        self._score = engine.jit("score", token_logprobs, out_axes=(BATCH, SEQ))
+        compute = jnp.result_type(engine.dtype, jnp.bfloat16)
+        fmt = CacheFormat.of(cache_dtype, engine.mesh.devices.flat[0].platform, compute)
+        score = partial(token_logprobs, fmt=fmt if fmt.rounds(compute) else None)
+        self._score = engine.jit(f"score_{fmt.name}", score, out_axes=(BATCH, SEQ))
 
     def __call__(self, sequences: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every token after the first, given those before it.
@@ -79,7 +86,7 @@ class Scorer:
             )
 
 
-def token_logprobs(model: Decoder, input_ids: jax.Array) -> jax.Array:
+def token_logprobs(model: Decoder, input_ids: jax.Array, *, fmt: CacheFormat | None = None) -> jax.Array:
     """Log-probability of each token given those before it.
 
     Logits over the vocabulary exist for a few positions at a time and never leave the devices.
@@ -87,13 +94,15 @@ def token_logprobs(model: Decoder, input_ids: jax.Array) -> jax.Array:
     Args:
         model: the decoder.
         input_ids: ``[B, T]`` int32; rows may be padded on the right.
+        fmt: what keys and values are rounded to before they are attended over; None for nothing.
 
     Returns:
         ``[B, T - 1]`` float32: entry ``t`` is that of token ``t + 1``.
     """
     batch, length = input_ids.shape
     positions = jnp.broadcast_to(jnp.arange(length), input_ids.shape)
-    states, _ = model.hidden(input_ids, positions)
+    caches = () if fmt is None else [ChunkCache(jnp.zeros((batch,), jnp.int32), fmt)] * model.config.num_layers
+    states, _ = model.hidden(input_ids, positions, caches)
     blocks = -(-(length - 1) // _SCORED_AT_ONCE)
     padding = blocks * _SCORED_AT_ONCE - (length - 1)
     states = jnp.pad(states[:, :-1], ((0, 0), (0, padding), (0, 0)))

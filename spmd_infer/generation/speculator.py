@@ -13,7 +13,6 @@ import numpy as np
 from spmd_infer.axes import ATTN_BATCH
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.batches import Layout
-from spmd_infer.generation.cache import cache_dtype
 from spmd_infer.generation.dispatched import DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import KVPages, page_bytes, pages_axes
 from spmd_infer.generation.prompt_chunks import Span
@@ -21,6 +20,7 @@ from spmd_infer.generation.slots import Slots
 from spmd_infer.generation.speculation import Draft, Pace, Speculation
 from spmd_infer.generation.steps import Chunk, Rows
 from spmd_infer.generation.verification import draft, draft_chunk, found_drafts, newest, remember, verify
+from spmd_infer.models.cache_formats import CacheFormat
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -40,12 +40,15 @@ class Speculator:
         speculation: where drafts come from.
         slots: sequences that run at a time in each part.
         num_pages: pages of each part to begin with.
+        cache_dtype: what the smaller model's cache holds, as ``CacheFormat.of`` takes it.
 
     Raises:
         TaskError: the smaller model does not fit the larger one.
     """
 
-    def __init__(self, engine: Engine, config: Any, speculation: Speculation, *, slots: int, num_pages: int) -> None:
+    def __init__(
+        self, engine: Engine, config: Any, speculation: Speculation, *, slots: int, num_pages: int, cache_dtype: str
+    ) -> None:
         self._k = speculation.k
         self._length = config.context_len + speculation.k + 1
         jit = partial(engine.jit, phase="decode")
@@ -59,7 +62,7 @@ class Speculator:
         self._draft: DraftModel | None = None
         if isinstance(speculation, Draft):
             self._newest = jit("newest", lambda _, *args: newest(*args), out_axes=_HISTORY_AXES)
-            self._draft = DraftModel(speculation.engine, engine, config, num_pages)
+            self._draft = DraftModel(speculation.engine, engine, config, num_pages, cache_dtype)
             cost = speculation.k * _weight_bytes(speculation.engine) / _weight_bytes(engine)
         else:
             self._find = jit(
@@ -140,12 +143,13 @@ class DraftModel:
         target: holds the larger one.
         config: the larger one's sizes.
         num_pages: pages of each part to begin with.
+        cache_dtype: what its cache holds.
 
     Raises:
         TaskError: tokens, context, devices or parts are not those of the larger one.
     """
 
-    def __init__(self, engine: Engine, target: Engine, config: Any, num_pages: int) -> None:
+    def __init__(self, engine: Engine, target: Engine, config: Any, num_pages: int, cache_dtype: str) -> None:
         own: Any = engine.config
         if engine.family is None or engine.family.task != "generate":
             raise TaskError("a draft engine must hold a decoder of the zoo")
@@ -161,13 +165,15 @@ class DraftModel:
                 f"the draft model's context is {own.context_len}, shorter than the {config.context_len} of the model "
                 "that it drafts for"
             )
-        self._engine, self._config, self._axes = engine, own, pages_axes(own)
-        self._dtype = cache_dtype(engine.mesh.devices.flat[0].platform, jnp.result_type(engine.dtype, jnp.bfloat16))
+        self._engine, self._config = engine, own
+        platform = engine.mesh.devices.flat[0].platform
+        self._format = CacheFormat.of(cache_dtype, platform, jnp.result_type(engine.dtype, jnp.bfloat16))
+        self._axes = pages_axes(own, self._format)
         jit = partial(engine.jit, phase="decode")
         parts = engine.data_parts
         self._pages: KVPages = jit(
-            f"draft_pages_{num_pages}",
-            lambda _: KVPages.zeros(own, parts, num_pages, self._dtype),
+            f"draft_pages_{num_pages}_{self._format.name}",
+            lambda _: KVPages.zeros(own, parts, num_pages, self._format),
             out_axes=self._axes,
         )()
         self._insert = jit(
@@ -175,13 +181,15 @@ class DraftModel:
         )
         self._copy = jit("draft_copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=self._axes)
         self._gather = jit("draft_gather", lambda _, pages, tables: pages.gathered(tables))
-        self._prefill = engine.jit("draft_prefill", draft_chunk, phase="prefill")
+        self._prefill = engine.jit(
+            f"draft_prefill_{self._format.name}", partial(draft_chunk, fmt=self._format), phase="prefill"
+        )
         self._step = jit("draft", draft, donate=(0,))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, on all devices together."""
-        return page_bytes(self._config, self._dtype)
+        return page_bytes(self._config, self._format)
 
     def propose(self, state: Slots, tokens: jax.Array, rows: Rows, flags: Any, k: int) -> jax.Array:
         """Dispatch ``k`` steps from the texts' last two tokens ``[D, b, 2]``; gives drafts ``[D, b, k]``."""

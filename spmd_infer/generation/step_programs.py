@@ -11,6 +11,7 @@ import jax
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
 from spmd_infer.generation.slots import slot_axes
 from spmd_infer.generation.steps import choose, enter, forward, prefill
+from spmd_infer.models.cache_formats import CacheFormat
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -22,7 +23,7 @@ class StepPrograms:
     Args:
         engine: holds a decoder.
         config: the decoder's sizes.
-        dtype: of keys and values in the cache.
+        fmt: what the cache holds.
 
     Attributes:
         prefill: ``steps.prefill``.
@@ -35,11 +36,11 @@ class StepPrograms:
         buckets: rows that the programs of prompts and of decode steps are compiled for.
     """
 
-    def __init__(self, engine: Engine, config: Any, dtype: Any) -> None:
-        self._engine, self._config, self._dtype = engine, config, dtype
-        axes = pages_axes(config)
+    def __init__(self, engine: Engine, config: Any, fmt: CacheFormat) -> None:
+        self._engine, self._config, self._format = engine, config, fmt
+        axes = pages_axes(config, fmt)
         jit = partial(engine.jit, phase="decode")
-        self.prefill = engine.jit("prefill", prefill, phase="prefill")
+        self.prefill = engine.jit(f"prefill_{fmt.name}", partial(prefill, fmt=fmt), phase="prefill")
         self.enter = jit("enter", enter, donate=(1, 2))
         self.forward = jit("decode", forward, donate=(0,))
         self.choose = jit("choose", choose, donate=(1, 2))
@@ -50,11 +51,11 @@ class StepPrograms:
 
     def zeros(self, num_pages: int) -> KVPages:
         """An empty pool of so many pages in each part."""
-        config, parts, dtype = self._config, self._engine.data_parts, self._dtype
+        config, parts, fmt = self._config, self._engine.data_parts, self._format
         pages: KVPages = self._engine.jit(
-            f"pages_{num_pages}",
-            lambda _: KVPages.zeros(config, parts, num_pages, dtype),
-            out_axes=pages_axes(config),
+            f"pages_{num_pages}_{fmt.name}",
+            lambda _: KVPages.zeros(config, parts, num_pages, fmt),
+            out_axes=pages_axes(config, fmt),
             phase="decode",
         )()
         return pages
@@ -64,7 +65,7 @@ class StepPrograms:
         resize = self._engine.jit(
             f"resize_{num_pages}",
             lambda _, pages: pages.resized(num_pages),
-            out_axes=pages_axes(self._config),
+            out_axes=pages_axes(self._config, self._format),
             phase="decode",
         )
         found: KVPages = resize(pages)

@@ -16,11 +16,12 @@ from spmd_infer.generation.sampling import SamplingArrays, sample, sample_by_rul
 from spmd_infer.generation.sampling_params import MAX_LOGPROBS
 from spmd_infer.generation.slots import SlotRules, Slots, flat, put, take
 from spmd_infer.models.attention import LayerCache
+from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
-from spmd_infer.models.paged_attention import PagedCache, PageView
+from spmd_infer.models.page_view import PageView
 
 Cache = TypeVar("Cache", bound=LayerCache)
-Layers = tuple[jax.Array, ...]
+Layers = tuple[Packed, ...]
 
 
 class Decoder(Protocol):
@@ -130,7 +131,9 @@ class Choice:
     mask: jax.Array | None
 
 
-def prefill(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[jax.Array, Layers, Layers]:
+def prefill(
+    model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk, *, fmt: CacheFormat
+) -> tuple[jax.Array, Layers, Layers]:
     """Run a chunk of prompts.
 
     Args:
@@ -138,12 +141,13 @@ def prefill(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk)
         earlier: pages of keys and values before the chunk as ``KVPages.gathered`` gives them; None where every row
             starts at 0.
         chunk: the rows.
+        fmt: what the cache holds.
 
     Returns:
         Logits ``[D b, V]`` of the token that follows each, of no use where the prompt goes on after the chunk; keys and
         values ``[D b, T, K, H]`` of each layer.
     """
-    x, keys, values = run_chunk(model, earlier, chunk)
+    x, keys, values = run_chunk(model, earlier, chunk, fmt)
     last = jnp.take_along_axis(x, (flat(chunk.counts) - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
     return constrain(model.logits(last), BATCH, VOCAB), keys, values
 
@@ -173,11 +177,14 @@ def enter(
     return chosen, replace(state, sampling=put(state.sampling, entering.slots, entering.sampling)), rules
 
 
-def run_chunk(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[jax.Array, Layers, Layers]:
+def run_chunk(
+    model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk, fmt: CacheFormat
+) -> tuple[jax.Array, Layers, Layers]:
     """States ``[D b, T, E]`` of a chunk, and keys and values of each layer; see ``prefill``."""
     starts = flat(chunk.starts)
     positions = starts[:, None] + jnp.arange(chunk.input_ids.shape[-1])
-    caches = [ChunkCache(*pair, starts) for pair in _earlier(model.config, earlier, len(starts))]
+    before = list(zip(*earlier, strict=True)) if earlier is not None else [None] * model.config.num_layers
+    caches = [ChunkCache(starts, fmt, pages) for pages in before]
     x, done = model.hidden(flat(chunk.input_ids), positions, caches)
     keys = tuple(cache.keys for cache in done if cache.keys is not None)
     values = tuple(cache.values for cache in done if cache.values is not None)
@@ -201,11 +208,10 @@ def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[j
     """
     lengths = take(state.lengths, rows.slots)
     view = replace(rows.view, limits=rows.view.limits * (lengths + 1))
-    caches = [PagedCache(keys, values, view) for keys, values in zip(pages.keys, pages.values, strict=True)]
     tokens = jnp.maximum(flat(take(state.tokens, rows.slots)), 0)  # -1 in a row that ended for want of a token
-    x, done = model.hidden(tokens[:, None], flat(lengths)[:, None], caches)
+    x, done = model.hidden(tokens[:, None], flat(lengths)[:, None], pages.layers(view))
     logits = constrain(model.logits(x[:, 0]), BATCH, VOCAB)
-    return logits, KVPages(tuple(cache.keys for cache in done), tuple(cache.values for cache in done))
+    return logits, pages.updated(done)
 
 
 def choose(
@@ -257,10 +263,3 @@ def _choose(
 
 def _axes(rank: int) -> tuple[str | None, ...]:
     return (ATTN_BATCH, *(None,) * (rank - 1))
-
-
-def _earlier(sizes: CacheSizes, earlier: tuple[Layers, Layers] | None, rows: int) -> list[tuple[jax.Array, jax.Array]]:
-    if earlier is not None:
-        return list(zip(*earlier, strict=True))
-    nothing = jnp.zeros((rows, 0, sizes.num_kv_heads, sizes.head_dim, 1))
-    return [(nothing, nothing.swapaxes(3, 4))] * sizes.num_layers

@@ -14,7 +14,7 @@ from spmd_infer.generation.sampling import SamplingArrays, sample
 from spmd_infer.generation.slots import Slots, flat, take
 from spmd_infer.generation.speculation import PromptLookup
 from spmd_infer.generation.steps import Chunk, Decoder, Layers, Rows, run_chunk
-from spmd_infer.models.paged_attention import PagedCache
+from spmd_infer.models.cache_formats import CacheFormat
 
 
 def remember(history: jax.Array, state: Slots, slots: jax.Array, texts: jax.Array | None) -> jax.Array:
@@ -118,9 +118,11 @@ def newest(history: jax.Array, state: Slots, slots: jax.Array) -> jax.Array:
     return jnp.take_along_axis(texts, lengths[..., None] + jnp.arange(-1, 1), axis=-1)
 
 
-def draft_chunk(model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk) -> tuple[Layers, Layers]:
+def draft_chunk(
+    model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk, *, fmt: CacheFormat
+) -> tuple[Layers, Layers]:
     """Keys and values ``[D b, T, K, H]`` of each of the smaller model's layers; see ``steps.prefill``."""
-    _, keys, values = run_chunk(model, earlier, chunk)
+    _, keys, values = run_chunk(model, earlier, chunk, fmt)
     return keys, values
 
 
@@ -129,10 +131,8 @@ def _run(
 ) -> tuple[jax.Array, KVPages]:
     """States ``[D, b, T, D]`` of ``tokens [D, b, T]``, written up to the last of ``positions``."""
     view = replace(rows.view, limits=rows.view.limits * (positions[..., -1] + 1))
-    caches = [PagedCache(keys, values, view) for keys, values in zip(pages.keys, pages.values, strict=True)]
-    x, done = model.hidden(flat(jnp.maximum(tokens, 0)), flat(positions), caches)
-    pages = KVPages(tuple(cache.keys for cache in done), tuple(cache.values for cache in done))
-    return x.reshape(*tokens.shape, -1), pages
+    x, done = model.hidden(flat(jnp.maximum(tokens, 0)), flat(positions), pages.layers(view))
+    return x.reshape(*tokens.shape, -1), pages.updated(done)
 
 
 def _sampled(model: Decoder, x: jax.Array, sampling: SamplingArrays, steps: jax.Array) -> jax.Array:

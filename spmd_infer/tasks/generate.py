@@ -173,7 +173,8 @@ class Generate:
     def score(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every token after the first, for texts or token ids.
 
-        A text is encoded as a prompt is. Its perplexity is ``exp(-mean)`` of the result.
+        A text is encoded as a prompt is. Its perplexity is ``exp(-mean)`` of the result. Keys and values are rounded as
+        the options' ``cache_dtype`` rounds them.
 
         Raises:
             TaskError: a text has fewer than two tokens or more than the model's context.
@@ -182,7 +183,7 @@ class Generate:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self._engine, self._config)
+        return Scorer(self._engine, self._config, self._options.cache_dtype)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

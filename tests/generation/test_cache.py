@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from spmd_infer.generation.cache import KVCache, cache_axes, cache_dtype
-from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
+from spmd_infer.errors import ModelError
+from spmd_infer.generation.cache import KVCache, cache_axes
+from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, page_bytes
 from spmd_infer.models.attention import ContiguousCache, causal_attention
+from spmd_infer.models.cache_formats import CacheFormat, Packed, restored
 from spmd_infer.models.llama import Config
 
+FORMATS = ("float32", "bfloat16", "int8", "fp8")
 SMOLLM2 = Config(49152, 576, 1536, 30, 9, 3, 64, 8192)
 
 
@@ -97,8 +100,11 @@ def _is_axes(node: object) -> bool:
 
 def test_sizes() -> None:
     # 30 layers of keys and values, 3 heads of 64.
-    assert page_bytes(SMOLLM2, np.float32) == PAGE_SIZE * 30 * 2 * 3 * 64 * 4 == PAGE_SIZE * 46080
-    assert page_bytes(SMOLLM2, jnp.bfloat16) == PAGE_SIZE * 23040
+    sizes = {name: page_bytes(SMOLLM2, CacheFormat.of(name, "cpu", np.float32)) // PAGE_SIZE for name in FORMATS}
+    positions = 30 * 2 * 3
+    assert sizes["float32"] == positions * 64 * 4 == 46080
+    assert sizes["bfloat16"] == 23040
+    assert sizes["int8"] == sizes["fp8"] == positions * (64 + 4)
     cache = jax.eval_shape(lambda: KVCache.zeros(SMOLLM2, 4, 256, np.float32))
     assert sum(leaf.size * 4 for layer in cache.layers for leaf in jax.tree.leaves(layer)) == 4 * 256 * 46080
     assert cache.capacity == 256
@@ -106,6 +112,41 @@ def test_sizes() -> None:
     assert axes == jax.tree.structure(cache)
 
 
-def test_cpu_keeps_float32() -> None:
-    assert cache_dtype("cpu", jnp.bfloat16) == np.float32
-    assert cache_dtype("gpu", jnp.bfloat16) == jnp.bfloat16
+def test_formats_by_platform() -> None:
+    assert CacheFormat.of("auto", "cpu", jnp.bfloat16).name == "float32"
+    assert CacheFormat.of("auto", "gpu", jnp.bfloat16).dtype == jnp.bfloat16
+    assert CacheFormat.of("bfloat16", "gpu", jnp.bfloat16).dtype == jnp.bfloat16
+    with pytest.raises(ModelError, match="a cache cannot hold 'int4'"):
+        CacheFormat.of("int4", "cpu", jnp.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pages_are_inserted_gathered_copied_and_resized_with_their_scales(name: str) -> None:
+    fmt, sizes = CacheFormat.of(name, "cpu", np.float32), Config(64, 16, 16, 2, 4, 2, 8, 256)
+    values = np.random.default_rng(0).normal(size=(2, 2 * 64, 2, 8)).astype(np.float32)
+    values[0, 3] = 0  # a position whose scale is of nothing
+    packed = fmt.pack(jnp.asarray(values))
+    pages = KVPages.zeros(sizes, 1, 5, fmt)
+    assert sum(x.nbytes for x in jax.tree.leaves(pages)) == 5 * page_bytes(sizes, fmt)
+    pages = pages.inserted([packed] * 2, [packed] * 2, np.array([[[3, 0], [1, 5]]]))  # one span has no page
+    pages = pages.copied(np.array([[0, 3]]), np.array([[2, 5]])).resized(4).resized(8)
+    assert pages.num_pages == 8
+    keys, found = pages.gathered(np.array([[[3, 2], [1, 0]]]))
+    back = np.asarray(restored(packed)).reshape(4, 64, 2, 8).swapaxes(1, 2)  # [span, K, S, H]
+    expected = np.stack([back[[0, 1]], back[[2, 1]]])
+    for layer in range(2):
+        for held, turned in ((keys[layer], True), (found[layer], False)):
+            numbers = held.numbers.swapaxes(3, 4) if turned else held.numbers
+            np.testing.assert_array_equal(restored(Packed(numbers, held.scales)), expected)
+
+
+@pytest.mark.parametrize(("name", "most"), [("bfloat16", 2**-8), ("int8", 0.5 / 127), ("fp8", 2**-4)])
+def test_what_a_format_loses(name: str, most: float) -> None:
+    fmt = CacheFormat.of(name, "cpu", np.float32)
+    values = np.random.default_rng(1).normal(size=(1000, 64)).astype(np.float32) * np.logspace(-6, 6, 1000)[:, None]
+    lost = np.abs(
+        np.asarray(fmt.rounded(jnp.asarray(values, np.float32), fmt.pack(jnp.asarray(values, np.float32)))) - values
+    )
+    reach = np.abs(values) if name != "int8" else np.abs(values).max(-1, keepdims=True)
+    small = np.abs(values).max(-1, keepdims=True) / 448 * 2**-9  # half the smallest step of float8
+    assert (lost <= most * reach * 1.001 + (small if name == "fp8" else 0)).all()

@@ -23,12 +23,14 @@ from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
 from spmd_infer.generation.scoring import Scorer
 from spmd_infer.generation.thresholds import CANDIDATES
+from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.planning.audit import collectives, summary
 from spmd_infer.tasks.generate import check_prompt
 from tests.references.llama_variants import BASE, token_ids, write_checkpoint
 
 EOS = 127
 LENGTHS = (3, 17, 1, 9, 30, 5)
+FLOATS = CacheFormat.of("auto", "cpu", np.float32)
 
 
 @cache
@@ -218,7 +220,7 @@ def test_requests_that_lose_their_pages_end_with_the_same_tokens(mesh: str) -> N
     ids = prompts([30, 17, 9, 25, 30, 11, 28, 19])
     params = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.7, seed=5)
     parts = engine(mesh=mesh).data_parts
-    small = loop(mesh, cache_bytes=5 * parts * page_bytes(engine().config, np.float32))
+    small = loop(mesh, cache_bytes=5 * parts * page_bytes(engine().config, FLOATS))
     requests = [request(prompt, params) for prompt in ids]
     scheduled = []
     for one in requests:
@@ -377,7 +379,7 @@ def test_requests_that_are_refused(ids: list[list[int]], params: dict[str, Any],
 
 
 def test_a_request_that_the_cache_can_never_hold() -> None:
-    small = loop(cache_bytes=2 * page_bytes(engine().config, np.float32))
+    small = loop(cache_bytes=2 * page_bytes(engine().config, FLOATS))
     with pytest.raises(TaskError, match="may take 4 pages of 64 positions; the cache has room for 2"):
         small.submit([request([1] * 200, SamplingParams(max_tokens=50))])
     assert run(small, prompts([3]), GREEDY) == greedy()[:1]

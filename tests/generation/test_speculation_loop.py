@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import pytest
 
 from spmd_infer.errors import TaskError
@@ -13,7 +12,7 @@ from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.speculation import Draft, Pace, PromptLookup, Speculation
 from spmd_infer.planning.audit import collectives
-from tests.generation.test_loop import engine, loop, prompts, request, run
+from tests.generation.test_loop import FLOATS, engine, loop, prompts, request, run
 
 GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 DRAWN = [SamplingParams(max_tokens=40, temperature=1.0, top_k=4, seed=seed, ignore_eos=True) for seed in range(6)]
@@ -91,7 +90,7 @@ def test_requests_that_lose_their_pages_end_with_the_same_tokens(mesh: str) -> N
     ids = prompts([30, 17, 9, 25, 30, 11, 28, 19])
     params = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0.7, seed=5)
     parts = engine(mesh=mesh).data_parts
-    small = loop(mesh, speculation=LOOKUP, cache_bytes=5 * parts * page_bytes(cast("Any", engine().config), np.float32))
+    small = loop(mesh, speculation=LOOKUP, cache_bytes=5 * parts * page_bytes(cast("Any", engine().config), FLOATS))
     requests = [request(prompt, params) for prompt in ids]
     scheduled = []
     for one in requests:

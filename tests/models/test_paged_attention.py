@@ -1,6 +1,7 @@
-"""Attention over pages equals attention over the row, whoever shares the pages and wherever they lie."""
+"""Attention over pages equals attention over the row, whoever shares the pages, wherever they lie."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,23 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from spmd_infer.axes import AxisRules, axis_scope
+from spmd_infer.models import pages_in_place
+from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
-from spmd_infer.models.paged_attention import PagedCache, PageView
+from spmd_infer.models.page_attention import WAYS
+from spmd_infer.models.page_view import PageView
+from spmd_infer.models.paged_attention import PagedCache
 
-SIZE, GROUPS, FOLDED, WIDTH = 4, 2, 3, 8
-HEADS = GROUPS * FOLDED
+SIZE, LONGEST, MOST_SHARED = 4, 13, 3
+FORMATS = {name: CacheFormat.of(name, "cpu", np.float32) for name in ("float32", "bfloat16", "int8", "fp8")}
+PLAIN = FORMATS["float32"]
 
 
 def reference(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """``queries [T, N, H]`` over positions 0 to ``ends [T]`` of ``keys [S, K, H]``, in float64."""
-    keys, values = (np.repeat(x.astype(np.float64), FOLDED, axis=1) for x in (keys, values))
-    scores = np.einsum("tnh,snh->nts", queries.astype(np.float64), keys) / np.sqrt(WIDTH)
+    folded = queries.shape[1] // keys.shape[1]
+    keys, values = (np.repeat(x.astype(np.float64), folded, axis=1) for x in (keys, values))
+    scores = np.einsum("tnh,snh->nts", queries.astype(np.float64), keys) / np.sqrt(keys.shape[-1])
     scores[:, np.arange(len(keys)) > ends[:, None]] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), values)
@@ -30,23 +37,37 @@ def reference(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, ends: n
 class Laid:
     """Rows of several parts laid into pages in random order; rows of a part may begin with the same pages."""
 
-    def __init__(self, parts: int, lengths: list[list[int]], common: int, seed: int, added: int = 1) -> None:
+    def __init__(
+        self,
+        parts: int,
+        lengths: list[list[int]],
+        common: int | None,
+        seed: int,
+        added: int = 1,
+        *,
+        groups: int = 2,
+        folded: int = 3,
+        width: int = 8,
+        fmt: CacheFormat = PLAIN,
+    ) -> None:
         rng = np.random.default_rng(seed)
+        self.groups, self.heads, self.width, self.format = groups, groups * folded, width, fmt
         rows, self.added = len(lengths[0]), added
-        most = max(max(part) for part in lengths) + added
+        most = LONGEST + added
         self.tables = np.zeros((parts, rows, -(-most // SIZE) + 1), np.int32)
         num_pages = rows * self.tables.shape[2] + 3
         self.owners = np.full((parts, num_pages), rows, np.int32)
         self.places = np.zeros((parts, num_pages), np.int32)
-        self.keys = rng.normal(size=(parts, rows, most, GROUPS, WIDTH)).astype(np.float32)
+        self.keys = rng.normal(size=(parts, rows, most, groups, width)).astype(np.float32)
         self.values = rng.normal(size=self.keys.shape).astype(np.float32)
         # What no row uses holds numbers too large to go unnoticed.
-        self.pool_keys = np.full((parts, num_pages, GROUPS, WIDTH, SIZE), 77, np.float32)
-        self.pool_values = np.full((parts, num_pages, GROUPS, SIZE, WIDTH), 77, np.float32)
+        self.pool_keys = np.full((parts, num_pages, groups, SIZE, width), 77, np.float32)
+        self.pool_values = np.full((parts, num_pages, groups, SIZE, width), 77, np.float32)
         self.starts = np.array(lengths, np.int32)
-        self.shared = np.zeros((parts, common + 1 if common else 0), np.int32)
+        self.shared = np.zeros((parts, MOST_SHARED if common is not None else 0), np.int32)
         self.shared_places = np.zeros(self.shared.shape, np.int32)
         self.members = np.zeros((*self.shared.shape, rows), bool)
+        common = common or 0
         for part in range(parts):
             free = iter(rng.permutation(num_pages))
             sharing = [row for row in range(rows) if common and lengths[part][row] >= common * SIZE]
@@ -72,71 +93,109 @@ class Laid:
         for slot in range(SIZE):
             position = place * SIZE + slot
             if position < self.starts[part, row]:
-                self.pool_keys[part, page, :, :, slot] = self.keys[part, row, position]
+                self.pool_keys[part, page, :, slot] = self.keys[part, row, position]
                 self.pool_values[part, page, :, slot] = self.values[part, row, position]
 
-    def cache(self, limits: np.ndarray | None = None) -> PagedCache:
+    def cache(self, limits: np.ndarray | None = None, way: str = "in_place") -> PagedCache:
         limits = self.starts + self.added if limits is None else limits
         view = PageView(
             *map(jnp.asarray, (self.tables, limits, self.owners, self.places)),
             *map(jnp.asarray, (self.shared, self.shared_places, self.members)),
+            way=way,
         )
-        return PagedCache(jnp.asarray(self.pool_keys), jnp.asarray(self.pool_values), view)
+        keys, values = (self.format.pack(jnp.asarray(pool)) for pool in (self.pool_keys, self.pool_values))
+        return PagedCache(Packed(keys.numbers.swapaxes(3, 4), keys.scales), values, view, self.format)
 
     def step(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Queries, keys and values ``[B, T, ...]`` of the next positions, and these."""
         parts, rows, *_ = self.keys.shape
         positions = (self.starts[..., None] + np.arange(self.added)).reshape(-1, self.added)
-        flat_keys, flat_values = (x.reshape(parts * rows, -1, GROUPS, WIDTH) for x in (self.keys, self.values))
+        flat_keys, flat_values = (
+            x.reshape(parts * rows, -1, self.groups, self.width) for x in (self.keys, self.values)
+        )
         index = np.arange(parts * rows)[:, None]
-        queries = np.random.default_rng(3).normal(size=(parts * rows, self.added, HEADS, WIDTH)).astype(np.float32)
+        queries = (
+            np.random.default_rng(3).normal(size=(parts * rows, self.added, self.heads, self.width)).astype(np.float32)
+        )
         return queries, flat_keys[index, positions], flat_values[index, positions], positions.astype(np.int32)
 
     def expected(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        flat_keys, flat_values = (x.reshape(-1, *x.shape[2:]) for x in (self.keys, self.values))
+        flat_keys, flat_values = (rounded(self.format, x).reshape(-1, *x.shape[2:]) for x in (self.keys, self.values))
         return np.stack([reference(*row) for row in zip(queries, flat_keys, flat_values, positions, strict=True)])
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    parts=st.integers(1, 2),
-    data=st.data(),
-    common=st.integers(0, 2),
-    added=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_rows_over_pages_equal_rows_side_by_side(
-    parts: int, data: st.DataObject, common: int, added: int, seed: int
-) -> None:
-    rows = data.draw(st.integers(1, 3))
-    lengths = data.draw(
-        st.lists(st.lists(st.integers(0, 13), min_size=rows, max_size=rows), min_size=parts, max_size=parts)
+def rounded(fmt: CacheFormat, values: np.ndarray) -> np.ndarray:
+    """What a cache gives back."""
+    given = jnp.asarray(values)
+    return np.asarray(fmt.rounded(given, fmt.pack(given)))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("way", WAYS)
+class TestEveryWay:
+    """What holds of every way to attend over pages, in every format: the one test that a back end has to pass."""
+
+    @pytest.mark.parametrize(
+        ("parts", "rows", "added", "groups", "folded"),
+        [(2, 3, 1, 2, 3), (1, 1, 3, 1, 1), (1, 2, 2, 3, 1), (1, 4, 1, 1, 4)],
     )
-    laid = Laid(parts, lengths, common, seed, added)
+    def test_rows_over_pages_equal_rows_side_by_side(
+        self, way: str, fmt: CacheFormat, parts: int, rows: int, added: int, groups: int, folded: int
+    ) -> None:
+        attend = jax.jit(PagedCache.attend)  # compiled once: only contents differ
+
+        @settings(max_examples=8, deadline=None)
+        @given(
+            lengths=st.lists(
+                st.lists(st.integers(0, LONGEST), min_size=rows, max_size=rows), min_size=parts, max_size=parts
+            ),
+            common=st.integers(0, MOST_SHARED),
+            seed=st.integers(0, 99),
+        )
+        def check(lengths: list[list[int]], common: int, seed: int) -> None:
+            laid = Laid(parts, lengths, common, seed, added, groups=groups, folded=folded, fmt=fmt)
+            queries, keys, values, positions = laid.step()
+            mixed, cache = attend(laid.cache(way=way), *map(jnp.asarray, (queries, keys, values, positions)))
+            np.testing.assert_allclose(mixed, laid.expected(queries, positions), atol=2e-5)
+            # The new positions are kept: the same step again, writing nothing, sees the same.
+            limits = laid.starts if way == "in_place" else laid.starts + added
+            again = replace(cache, view=replace(cache.view, limits=jnp.asarray(limits)))
+            kept, _ = attend(again, *map(jnp.asarray, (queries, keys, values, positions)))
+            np.testing.assert_allclose(kept, mixed, atol=1e-6)
+
+        check()
+
+    def test_rows_that_fill_up_the_batch_write_nothing_and_are_numbers(self, way: str, fmt: CacheFormat) -> None:
+        laid = Laid(1, [[5, 0, 2]], None, 0, fmt=fmt)
+        laid.owners[laid.owners == 1] = 3  # the middle row has no page of its own
+        cache = laid.cache(laid.starts + np.array([[1, 0, 1]], np.int32), way)
+        queries, keys, values, positions = laid.step()
+        mixed, after = cache.attend(*map(jnp.asarray, (queries, keys, values, positions)))
+        assert np.isfinite(mixed).all()
+        np.testing.assert_allclose(mixed[::2], laid.expected(queries, positions)[::2], atol=2e-5)
+        page = laid.tables[0, 1, 0]
+        for before, now in zip(jax.tree.leaves(cache.keys), jax.tree.leaves(after.keys), strict=True):
+            np.testing.assert_array_equal(now[0, page], before[0, page])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "fp8"])
+def test_pages_widened_some_at_a_time_equal_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    laid = Laid(2, [[13, 9, 1], [3, 12, 0]], 1, 4, fmt=FORMATS[name])
     queries, keys, values, positions = laid.step()
-    mixed, cache = jax.jit(PagedCache.attend)(laid.cache(), *map(jnp.asarray, (queries, keys, values, positions)))
-    np.testing.assert_allclose(mixed, laid.expected(queries, positions), atol=1e-5)
-    # The new positions are kept: the same step again, without writing, sees the same.
-    again = PagedCache(cache.keys, cache.values, laid.cache(np.zeros_like(laid.starts)).view)
-    kept, _ = jax.jit(PagedCache.attend)(again, jnp.asarray(queries), *map(jnp.zeros_like, (keys, values)), positions)
-    np.testing.assert_array_equal(kept, mixed)
+    found = []
+    for size in (1 << 20, 2 * 2 * 8 * SIZE * 4):  # all pages; two of them
+        monkeypatch.setattr(pages_in_place, "_WIDENED_BYTES", size)
+        found.append(laid.cache().attend(*map(jnp.asarray, (queries, keys, values, positions)))[0])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-6)
+    np.testing.assert_allclose(found[1], laid.expected(queries, positions), atol=2e-5)
 
 
-def test_rows_that_fill_up_the_batch_write_nothing_and_are_numbers() -> None:
-    laid = Laid(1, [[5, 0, 2]], 0, 0)
-    limits = laid.starts + np.array([[1, 0, 1]], np.int32)
-    queries, keys, values, positions = laid.step()
-    mixed, cache = PagedCache.attend(laid.cache(limits), *map(jnp.asarray, (queries, keys, values, positions)))
-    assert np.isfinite(mixed).all()
-    page = laid.tables[0, 1, 0]
-    np.testing.assert_array_equal(cache.keys[0, page], laid.pool_keys[0, page])
-
-
+@pytest.mark.parametrize("name", ["float32", "int8"])
 @pytest.mark.parametrize("rules", [AxisRules(), AxisRules().replace(key_seq="seq")], ids=["whole", "pages over seq"])
-def test_parts_on_devices_of_their_own_exchange_nothing(rules: AxisRules) -> None:
+def test_parts_on_devices_of_their_own_exchange_nothing(rules: AxisRules, name: str) -> None:
     sizes, names = ((2, 2), ("data", "model")) if rules.rules.get("key_seq") is None else ((2, 2), ("data", "seq"))
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
-    laid = Laid(2, [[5, 9], [3, 12]], 0, 1)
+    laid = Laid(2, [[5, 9], [3, 12]], None, 1, fmt=FORMATS[name])
     queries, keys, values, positions = laid.step()
 
     def run(cache: PagedCache, *args: jax.Array) -> tuple[jax.Array, PagedCache]:
@@ -149,8 +208,11 @@ def test_parts_on_devices_of_their_own_exchange_nothing(rules: AxisRules) -> Non
     assert not re.search(r"all-gather\(|all-to-all\(|collective-permute\(", compiled.as_text()) or "seq" in names
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_step_reads_the_pool_in_place(batch: int) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_a_step_reads_the_pool_in_place(batch: int, name: str) -> None:
+    fmt = FORMATS[name]
+
     def shape(*sizes: int, dtype: object = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
 
@@ -161,40 +223,49 @@ def test_a_step_reads_the_pool_in_place(batch: int) -> None:
     view = PageView(
         ints(batch, 16), ints(batch), ints(pages), ints(pages), ints(0), ints(0), shape(0, batch, dtype=bool)
     )
-    cache = PagedCache(shape(pages, 3, 64, 64), shape(pages, 3, 64, 64), view)
+    pool = shape(pages, 3, 64, 64, dtype=fmt.dtype)
+    pool = Packed(pool, shape(pages, 3, 64) if fmt.scaled else None)
+    cache = PagedCache(pool, pool, view, fmt)
     new = [jax.ShapeDtypeStruct((batch, 1, heads, 64), jnp.float32) for heads in (9, 3, 3)]
     at = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     compiled = jax.jit(PagedCache.attend, donate_argnums=0).lower(cache, *new, at).compile()
-    made = re.findall(rf"= f32\[(?:1,)?{pages},3,64,64\]\S* ([\w-]+)\(", compiled.as_text())
+    stored = {"float32": "f32", "bfloat16": "u16", "int8": "s8", "fp8": "u8"}[name]
+    made = re.findall(rf"= {stored}\[(?:1,)?{pages},3,64,64\]\S* ([\w-]+)\(", compiled.as_text())
     assert "scatter" in made or "fusion" in made
     assert not {"copy", "transpose", "dynamic-update-slice", "gather"} & set(made)
-    pool_bytes = 2 * pages * 3 * 64 * 64 * 4
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= pool_bytes
-    assert memory.temp_size_in_bytes < pool_bytes / 4
+    assert memory.alias_size_in_bytes >= 2 * pages * 3 * 64 * fmt.position_bytes(64)
+    # Small numbers are widened, 2 MiB of them at a time; a small pool at once.
+    assert memory.temp_size_in_bytes < max(pages * 3 * 64 * 64 * 2, 6 << 20 if fmt.rounds(np.float32) else 0)
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("starts", [[0, 4, 8], [8, 8, 0]])
-def test_a_chunk_over_earlier_pages_equals_the_whole_row(starts: list[int]) -> None:
+def test_a_chunk_over_earlier_pages_equals_the_whole_row(starts: list[int], fmt: CacheFormat) -> None:
     rng = np.random.default_rng(5)
-    length = 6
+    length, groups, heads, width = 6, 2, 6, 8
     total = [start + length for start in starts]
-    keys, values = (rng.normal(size=(3, max(total), GROUPS, WIDTH)).astype(np.float32) for _ in range(2))
-    queries = rng.normal(size=(3, length, HEADS, WIDTH)).astype(np.float32)
+    keys, values = (rng.normal(size=(3, max(total), groups, width)).astype(np.float32) for _ in range(2))
+    queries = rng.normal(size=(3, length, heads, width)).astype(np.float32)
     positions = np.array(starts)[:, None] + np.arange(length)
     rows = np.arange(3)[:, None]
-    pages = np.pad(keys[:, :8], ((0, 0), (0, 0), (0, 0), (0, 0))).reshape(3, 2, SIZE, GROUPS, WIDTH)
-    value_pages = values[:, :8].reshape(3, 2, SIZE, GROUPS, WIDTH)
-    cache = ChunkCache(
-        jnp.asarray(pages.transpose(0, 1, 3, 4, 2)),
-        jnp.asarray(value_pages.transpose(0, 1, 3, 2, 4)),
-        jnp.asarray(starts, jnp.int32),
+    pages, value_pages = (
+        fmt.pack(jnp.asarray(x[:, :8].reshape(3, 2, SIZE, groups, width).swapaxes(2, 3))) for x in (keys, values)
     )
+    earlier = Packed(pages.numbers.swapaxes(3, 4), pages.scales), value_pages
+    cache = ChunkCache(jnp.asarray(starts, jnp.int32), fmt, earlier)
     new = keys[rows, positions], values[rows, positions]
     mixed, kept = cache.attend(*map(jnp.asarray, (queries, *new, positions)))
+    keys, values = rounded(fmt, keys), rounded(fmt, values)
     for row in range(3):
         np.testing.assert_allclose(
             mixed[row], reference(queries[row], keys[row], values[row], positions[row]), atol=1e-5
         )
     assert kept.keys is not None
-    np.testing.assert_array_equal(kept.keys, new[0])
+    assert kept.earlier is None
+    np.testing.assert_array_equal(kept.keys.numbers, fmt.pack(jnp.asarray(new[0])).numbers)
+    # A chunk that begins its row sees itself as the cache will give it back.
+    first, _ = ChunkCache(jnp.zeros(3, jnp.int32), fmt).attend(
+        jnp.asarray(queries), *(jnp.asarray(x[:, :length]) for x in (keys, values)), jnp.arange(length)[None]
+    )
+    np.testing.assert_allclose(first[0], reference(queries[0], keys[0, :6], values[0, :6], np.arange(6)), atol=1e-5)

@@ -1,0 +1,30 @@
+"""Ways to attend over pages of keys and values: one interface, several back ends.
+
+Each is ``attend(queries, keys, values, positions, view)``:
+
+    queries: ``[D, b, T, K, G, H]``, scaled; ``b`` rows in each of ``D`` parts, query heads beside their key head.
+    keys, values: the pools of one layer, ``[D, P, K, H, S]`` and ``[D, P, K, S, H]``, packed.
+    positions: ``[D, b, T]`` int32, of each query in its row; it sees the positions up to its own.
+    view: who uses which page.
+
+and gives float32 ``[D, b, T, K, G, H]``, zeros for rows that use no page. Which is the fastest depends on the devices
+and on sizes. All are held to one test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+
+from spmd_infer.models.cache_formats import Packed
+from spmd_infer.models.page_view import PageView
+from spmd_infer.models.pages_gathered import attend_gathered
+from spmd_infer.models.pages_in_place import attend_in_place
+
+AttendPages = Callable[[jax.Array, Packed, Packed, jax.Array, PageView], jax.Array]
+
+IN_PLACE, GATHERED = "in_place", "gathered"
+WAYS: Mapping[str, AttendPages] = MappingProxyType({IN_PLACE: attend_in_place, GATHERED: attend_gathered})
+"""Every way to attend over pages, by name."""
