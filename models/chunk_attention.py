@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, HEAD_DIM, SEQ, constrain
-from spmd_infer.models.attention import causal_attention
 from spmd_infer.models.cache_formats import CacheFormat, Packed, widened
 from spmd_infer.models.pages_in_place import product_dtype
+from spmd_infer.models.prompt_attention import PROMPT_WAYS, XLA
 
 _QUERIES_AT_ONCE = 256
 
@@ -30,6 +30,7 @@ class ChunkCache:
     Attributes:
         starts: ``[B]`` int32, where the chunk begins in its row: how many positions of the earlier pages count.
         format: what the pages hold.
+        way: how a chunk that begins its row is attended over, one of ``prompt_attention.PROMPT_WAYS``.
         earlier: keys ``[B, M, K, H, S]`` and values ``[B, M, K, S, H]`` of the pages before the chunk; None where every
             row starts at 0.
         keys: ``[B, T, K, H]`` of the chunk once it has been attended; None before.
@@ -39,6 +40,7 @@ class ChunkCache:
     starts: jax.Array
     format: CacheFormat = field(metadata={"static": True})
     earlier: tuple[Packed, Packed] | None = None
+    way: str = field(default=XLA, metadata={"static": True})
     keys: Packed | None = None
     values: Packed | None = None
 
@@ -50,7 +52,7 @@ class ChunkCache:
         kept = replace(self, earlier=None, keys=packed_keys, values=packed_values)
         keys, values = self.format.rounded(keys, packed_keys), self.format.rounded(values, packed_values)
         if self.earlier is None:
-            return causal_attention(queries, keys, values), kept
+            return PROMPT_WAYS[self.way](queries, keys, values), kept
         length = queries.shape[1]
         blocks = []
         for start in range(0, length, _QUERIES_AT_ONCE):

@@ -22,9 +22,12 @@ from spmd_infer.models.cache_formats import Packed
 from spmd_infer.models.page_view import PageView
 from spmd_infer.models.pages_gathered import attend_gathered
 from spmd_infer.models.pages_in_place import attend_in_place
+from spmd_infer.models.pages_mosaic import attend_mosaic
 
 AttendPages = Callable[[jax.Array, Packed, Packed, jax.Array, PageView], jax.Array]
 
-IN_PLACE, GATHERED = "in_place", "gathered"
-WAYS: Mapping[str, AttendPages] = MappingProxyType({IN_PLACE: attend_in_place, GATHERED: attend_gathered})
+IN_PLACE, GATHERED, MOSAIC = "in_place", "gathered", "mosaic"
+WAYS: Mapping[str, AttendPages] = MappingProxyType(
+    {IN_PLACE: attend_in_place, GATHERED: attend_gathered, MOSAIC: attend_mosaic}
+)
 """Every way to attend over pages, by name."""

@@ -17,6 +17,17 @@ def default_folder() -> Path:
     return Path(base) / "spmd-infer" / "xla"
 
 
+def kept_file(name: str) -> Path | None:
+    """Where something else is kept for the user beside compiled programs; None where nothing is to be kept."""
+    said = os.environ.get(VARIABLE, "")
+    if said.lower() == "off":
+        return None
+    folder = Path(said).expanduser() if said else default_folder()
+    if problem_of(folder) is not None:
+        return None
+    return folder / name
+
+
 def problem_of(folder: Path) -> str | None:
     """Why a folder cannot be trusted or used; None where it can, or does not exist yet."""
     try:

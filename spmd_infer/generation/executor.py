@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from spmd_infer.generation.attention_choice import AttentionChoice
 from spmd_infer.generation.batches import Ints, Layout, page_arrays
 from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import page_bytes
@@ -76,6 +77,7 @@ class Executor:
         platform = engine.mesh.devices.flat[0].platform
         self._format = CacheFormat.of(cache_dtype, platform, jnp.result_type(engine.dtype, jnp.bfloat16))
         self._programs = StepPrograms(engine, config, self._format)
+        self._attention = AttentionChoice(engine, config, self._format)
         rows = SamplingArrays(**sampling_arrays([], eos_ids, most_stops=MOST_STOPS))  # type: ignore[arg-type]  # numpy
         self._state: Slots = self._programs.laid_out("slots", lambda _: self._empty_state(rows))
         self._book = RuleBook(self._programs, parts=self._parts, slots=slots, vocab_size=config.vocab_size)
@@ -133,6 +135,8 @@ class Executor:
         bucket = partial(self._programs.buckets.fit, f"prefill_{kind.length}_{kind.earlier}")
         layout = Layout.of([span.chunk.sequence.part for span in spans], self._parts, bucket)
         chunk = chunk_arrays(layout, spans, kind.length)
+        if not kind.earlier:
+            chunk = replace(chunk, way=self._attention.of_prompts(layout.rows, kind.length))
         tables = pages_before(layout, spans, kind.earlier) if kind.earlier else None
         targets = pages_for(layout, spans, kind.length, nowhere=self.num_pages)
         earlier = None if tables is None else self._programs.gather(self._pages, tables)
@@ -173,6 +177,8 @@ class Executor:
         slots = layout.ints([slot for _, _, slot in entries], fill=self._slots)
         requests = [request for request, _, _ in entries]
         view = PageView(**vars(page_arrays(layout, slots, tables)))
+        if self._speculator is None:  # whose view is for two models, and steps of several lengths
+            view = self._attention.for_step(view, max(len(r.prompt_ids) + len(r.token_ids) for r in requests))
         rows = Rows(slots=slots, view=view)  # type: ignore[arg-type]  # numpy
         step = tuple((request, part, row) for request, (part, row) in zip(requests, layout.places, strict=True))
         params = [request.params for request in requests]

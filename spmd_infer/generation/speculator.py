@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from spmd_infer.generation.speculation import Draft, Pace, Speculation
 from spmd_infer.generation.steps import Chunk, Rows
 from spmd_infer.generation.verification import draft, draft_chunk, found_drafts, newest, remember, verify
 from spmd_infer.models.cache_formats import CacheFormat
+from spmd_infer.models.prompt_attention import XLA
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
@@ -202,7 +204,7 @@ class DraftModel:
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
         """See ``Speculator.prefill``."""
         pages = None if earlier is None else self._gather(self._pages, earlier)
-        keys, values = self._prefill(pages, chunk)
+        keys, values = self._prefill(pages, replace(chunk, way=XLA))
         self._pages = self._insert(self._pages, keys, values, targets)
 
     def copy(self, sources: Any, targets: Any) -> None:

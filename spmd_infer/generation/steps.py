@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from spmd_infer.models.attention import LayerCache
 from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
 from spmd_infer.models.page_view import PageView
+from spmd_infer.models.prompt_attention import XLA
 
 Cache = TypeVar("Cache", bound=LayerCache)
 Layers = tuple[Packed, ...]
@@ -67,11 +68,13 @@ class Chunk:
         input_ids: ``[D, b, T]`` int32, padded on the right.
         starts: ``[D, b]`` int32, where each begins in its prompt.
         counts: ``[D, b]`` int32, tokens of each, at least 1.
+        way: how chunks that begin their prompts are attended over, one of ``prompt_attention.PROMPT_WAYS``.
     """
 
     input_ids: jax.Array
     starts: jax.Array
     counts: jax.Array
+    way: str = field(default=XLA, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -184,7 +187,7 @@ def run_chunk(
     starts = flat(chunk.starts)
     positions = starts[:, None] + jnp.arange(chunk.input_ids.shape[-1])
     before = list(zip(*earlier, strict=True)) if earlier is not None else [None] * model.config.num_layers
-    caches = [ChunkCache(starts, fmt, pages) for pages in before]
+    caches = [ChunkCache(starts, fmt, pages, chunk.way) for pages in before]
     x, done = model.hidden(flat(chunk.input_ids), positions, caches)
     keys = tuple(cache.keys for cache in done if cache.keys is not None)
     values = tuple(cache.values for cache in done if cache.values is not None)

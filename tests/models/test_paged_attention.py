@@ -2,6 +2,9 @@
 
 import re
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 
 from spmd_infer.axes import AxisRules, axis_scope
-from spmd_infer.models import pages_in_place
+from spmd_infer.errors import ModelError
+from spmd_infer.models import paged_attention, pages_in_place
 from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
-from spmd_infer.models.page_attention import WAYS
+from spmd_infer.models.page_attention import GATHERED, IN_PLACE
 from spmd_infer.models.page_view import PageView
 from spmd_infer.models.paged_attention import PagedCache
+from spmd_infer.models.pages_in_place import attend_in_place
+from spmd_infer.models.pages_mosaic import attend_mosaic
 
 SIZE, LONGEST, MOST_SHARED = 4, 13, 3
 FORMATS = {name: CacheFormat.of(name, "cpu", np.float32) for name in ("float32", "bfloat16", "int8", "fp8")}
@@ -49,20 +56,21 @@ class Laid:
         folded: int = 3,
         width: int = 8,
         fmt: CacheFormat = PLAIN,
+        size: int = SIZE,
     ) -> None:
         rng = np.random.default_rng(seed)
-        self.groups, self.heads, self.width, self.format = groups, groups * folded, width, fmt
+        self.groups, self.heads, self.width, self.format, self.size = groups, groups * folded, width, fmt, size
         rows, self.added = len(lengths[0]), added
-        most = LONGEST + added
-        self.tables = np.zeros((parts, rows, -(-most // SIZE) + 1), np.int32)
+        most = LONGEST * size // SIZE + added
+        self.tables = np.zeros((parts, rows, -(-most // size) + 1), np.int32)
         num_pages = rows * self.tables.shape[2] + 3
         self.owners = np.full((parts, num_pages), rows, np.int32)
         self.places = np.zeros((parts, num_pages), np.int32)
         self.keys = rng.normal(size=(parts, rows, most, groups, width)).astype(np.float32)
         self.values = rng.normal(size=self.keys.shape).astype(np.float32)
         # What no row uses holds numbers too large to go unnoticed.
-        self.pool_keys = np.full((parts, num_pages, groups, SIZE, width), 77, np.float32)
-        self.pool_values = np.full((parts, num_pages, groups, SIZE, width), 77, np.float32)
+        self.pool_keys = np.full((parts, num_pages, groups, size, width), 77, np.float32)
+        self.pool_values = np.full((parts, num_pages, groups, size, width), 77, np.float32)
         self.starts = np.array(lengths, np.int32)
         self.shared = np.zeros((parts, MOST_SHARED if common is not None else 0), np.int32)
         self.shared_places = np.zeros(self.shared.shape, np.int32)
@@ -70,28 +78,28 @@ class Laid:
         common = common or 0
         for part in range(parts):
             free = iter(rng.permutation(num_pages))
-            sharing = [row for row in range(rows) if common and lengths[part][row] >= common * SIZE]
+            sharing = [row for row in range(rows) if common and lengths[part][row] >= common * size]
             for place in range(common if len(sharing) > 1 else 0):
                 page = next(free)
                 self.shared[part, place], self.shared_places[part, place] = page, place
                 self.members[part, place, sharing] = True
                 self.tables[part, sharing, place] = page
                 for row in sharing[1:]:
-                    span = slice(place * SIZE, (place + 1) * SIZE)
+                    span = slice(place * size, (place + 1) * size)
                     self.keys[part, row, span] = self.keys[part, sharing[0], span]
                     self.values[part, row, span] = self.values[part, sharing[0], span]
                 self._fill(part, sharing[0], place, page)
             for row in range(rows):
                 first = common if len(sharing) > 1 and row in sharing else 0
-                for place in range(first, -(-(lengths[part][row] + added) // SIZE)):
+                for place in range(first, -(-(lengths[part][row] + added) // size)):
                     page = next(free)
                     self.tables[part, row, place] = page
                     self.owners[part, page], self.places[part, page] = row, place
                     self._fill(part, row, place, page)
 
     def _fill(self, part: int, row: int, place: int, page: int) -> None:
-        for slot in range(SIZE):
-            position = place * SIZE + slot
+        for slot in range(self.size):
+            position = place * self.size + slot
             if position < self.starts[part, row]:
                 self.pool_keys[part, page, :, slot] = self.keys[part, row, position]
                 self.pool_values[part, page, :, slot] = self.values[part, row, position]
@@ -131,7 +139,7 @@ def rounded(fmt: CacheFormat, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [IN_PLACE, GATHERED])
 class TestEveryWay:
     """What holds of every way to attend over pages, in every format: the one test that a back end has to pass."""
 
@@ -176,6 +184,67 @@ class TestEveryWay:
         page = laid.tables[0, 1, 0]
         for before, now in zip(jax.tree.leaves(cache.keys), jax.tree.leaves(after.keys), strict=True):
             np.testing.assert_array_equal(now[0, page], before[0, page])
+
+
+HALVES = CacheFormat("bfloat16", jnp.dtype(jnp.bfloat16))  # as accelerators hold it
+
+
+class TestMosaic:
+    """The kernel for Hopper GPUs, interpreted here, and lowered as for such a GPU."""
+
+    @pytest.mark.parametrize(
+        ("lengths", "common", "added", "groups", "folded", "width"),
+        [([[150, 0, 64]], None, 1, 2, 3, 64), ([[130], [65]], None, 2, 1, 4, 128), ([[70, 70]], 1, 1, 1, 1, 64)],
+        ids=["rows that differ", "two parts, two tokens", "a page in common"],
+    )
+    def test_interpreted_it_equals_rows_side_by_side(
+        self, lengths: list[list[int]], common: int | None, added: int, groups: int, folded: int, width: int
+    ) -> None:
+        heads: dict[str, Any] = {"groups": groups, "folded": folded, "width": width}
+        laid = Laid(len(lengths), lengths, common, 0, added, **heads, fmt=HALVES, size=64)
+        queries, keys, values, positions = laid.step()
+        queries = rounded(HALVES, queries)
+        limits = np.where(laid.starts > 0, laid.starts + added, 0)  # a row of nothing fills up
+        attended = []
+        for way in (partial(attend_mosaic, interpret=interpreter()), attend_in_place):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(paged_attention, "WAYS", {"it": way})
+                arrays = (jnp.asarray(x, jnp.bfloat16) for x in (queries, keys, values))
+                attended.append(laid.cache(limits, "it").attend(*arrays, jnp.asarray(positions))[0])
+        used = limits.reshape(-1) > 0
+        found, in_place = (np.asarray(x, np.float32)[used] for x in attended)
+        expected = laid.expected(queries, positions)[used]
+        # Scaled queries, weights and results are bfloat16.
+        assert np.abs(found - expected).max() <= 0.02 * np.abs(expected).max()
+        assert np.abs(found - in_place).max() <= 0.02 * np.abs(expected).max()
+        assert np.isfinite(np.asarray(attended[0], np.float32)).all()
+
+    def test_it_lowers_for_cuda(self) -> None:
+        pool = jax.ShapeDtypeStruct((1, 512, 8, 128, 64), jnp.bfloat16)
+        values = jax.ShapeDtypeStruct((1, 512, 8, 64, 128), jnp.bfloat16)
+        queries = jax.ShapeDtypeStruct((1, 32, 1, 8, 4, 128), jnp.bfloat16)  # Llama 3.1 8B's heads
+        ints = {name: jax.ShapeDtypeStruct((1, 32, *size), jnp.int32) for name, size in SIZES_OF_ROWS.items()}
+        nothing = jnp.zeros(0, jnp.int32)
+        view = PageView(ints["tables"], ints["limits"], *(nothing,) * 5)  # type: ignore[arg-type]  # shapes
+        traced = jax.jit(attend_mosaic).trace(queries, Packed(pool), Packed(values), ints["positions"], view)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def test_it_says_what_it_cannot_take(self) -> None:
+        laid = Laid(1, [[5]], None, 0)
+        queries, keys, values, positions = laid.step()
+        with pytest.raises(ModelError, match="pages hold float32, the kernel takes bfloat16 and float16"):
+            laid.cache(way="mosaic").attend(*map(jnp.asarray, (queries, keys, values, positions)))
+
+
+SIZES_OF_ROWS: dict[str, tuple[int, ...]] = {"tables": (128,), "limits": (), "positions": (1,)}
+
+
+def interpreter() -> Any:
+    """Pallas's interpreter of kernels for Mosaic GPU, which has no public name in every version."""
+    public = getattr(plgpu, "InterpretParams", None)
+    if public is None:
+        public = import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams
+    return public()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "fp8"])
