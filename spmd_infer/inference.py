@@ -52,8 +52,8 @@ class InferProgram:
             for leaf, sharding in zip(leaves, self.shardings, strict=True)
         ]
         if not self.aggregates:
-            return self.program.compiled(params, *placed)
-        return self.program.compiled(params, weights, *placed)
+            return self.program(params, *placed)
+        return self.program(params, weights, *placed)
 
 
 def bucket_shape(leaf: Any, spec: InputSpec, bucket: int) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class ModelProgram:
 
     def __call__(self, *args: Any) -> Any:
         """Dispatch it; compiles first where it must."""
-        return self._program(args).compiled(self._programs.placement.params, *args)
+        return self._program(args)(self._programs.placement.params, *args)
 
     def compile(self, *args: Any) -> Any:
         """Compile it without running it.

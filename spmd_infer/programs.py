@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from spmd_infer.axes import axis_scope
+from spmd_infer.multihost.job import current_job
 from spmd_infer.placement import Placement
 from spmd_infer.scratch import keep_scratch
 
@@ -29,6 +30,14 @@ class Program:
     name: str
     compiled: jax.stages.Compiled
     seconds: float
+
+    def __call__(self, *args: Any) -> Any:
+        """Dispatch it; over several processes that must happen within the job's time."""
+        job = current_job()
+        if job is None or job.size == 1:
+            return self.compiled(*args)
+        with job.device_step(self.name):
+            return self.compiled(*args)
 
     @property
     def temporary_bytes(self) -> int:

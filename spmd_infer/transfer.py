@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from spmd_infer.multihost.job import current_job
 
 
 def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -27,9 +30,18 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: x if _readable(x) else _replicate(x.sharding, x.shape, x.dtype)(x), tree)
 
 
+def wait(tree: Any) -> None:
+    """Until the devices have computed these arrays; in a job of several processes within its time."""
+    job = current_job()
+    with nullcontext() if job is None or job.size == 1 else job.device_step("wait for results"):
+        jax.block_until_ready(tree)
+
+
 def fetch(tree: Any) -> Any:
     """The values as NumPy arrays; all processes must call it where there are several, and all get all of them."""
-    return jax.device_get(whole(tree))
+    job = current_job()
+    with nullcontext() if job is None or job.size == 1 else job.device_step("fetch results"):
+        return jax.device_get(whole(tree))
 
 
 def _readable(x: Any) -> bool:

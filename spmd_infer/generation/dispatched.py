@@ -10,7 +10,7 @@ import jax
 from spmd_infer.generation.requests import Request, Scores
 from spmd_infer.generation.speculation import Pace
 from spmd_infer.generation.steps import Chosen
-from spmd_infer.transfer import fetch
+from spmd_infer.transfer import fetch, wait
 
 Taking = tuple[tuple[Request, int, int], ...]
 """Requests that take tokens from a step, each with its part and row."""
@@ -48,7 +48,7 @@ class Dispatched:
 
     def wait(self) -> None:
         """Until the devices have done it."""
-        jax.block_until_ready(self.chosen)
+        wait(self.chosen)
 
     def read(self) -> list[Brought]:
         """The tokens, each with its scores where its request asked for them."""
@@ -84,7 +84,7 @@ class DispatchedDrafts:
 
     def wait(self) -> None:
         """Until the devices have done it."""
-        jax.block_until_ready(self.verified)
+        wait(self.verified)
 
     def read(self) -> list[Brought]:
         """The tokens."""

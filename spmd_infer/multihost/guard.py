@@ -10,25 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 from spmd_infer.multihost.hub import Hub
 from spmd_infer.multihost.record import Record
 from spmd_infer.multihost.sealed import BadSealError, Connection, Message, accept, connect
+from spmd_infer.multihost.ward import Ward
 
 TICK_S = 0.2
 BEAT_S = 1.0
 RETRY_S = 0.25
-ANSWER_S = 1.0  # for a rank to say where it is
 SAY_S = 2.0  # for a rank to say why it ends, before it is made to
-SEEN_S = 0.1  # until what one process wrote in shared memory is seen by the other, with a wide margin
 END_S = 1.0  # from SIGABRT to SIGKILL, and for a rank to exit when told
 
 
@@ -43,39 +40,32 @@ class Guard:
     def __init__(self, config: Message, rank_socket: socket.socket) -> None:
         self.config = config
         self.rank: int = config["rank"]
-        self.pid: int = config["pid"]
-        self.record = Record(config["record_fd"])
+        self._ward = Ward(self.rank, config["pid"], Record(config["record_fd"]), config["stall_s"], self._to_all)
         self._socket = rank_socket
-        self._to_rank: asyncio.StreamWriter | None = None
         self._to_hub: Connection | None = None
         self._hub: Hub | None = None
         self._members: dict[int, Connection] = {}
         self._hub_heard = time.monotonic()
-        self._rank_gone = asyncio.Event()
         self._over = asyncio.Event()
-        self._answer: asyncio.Future[Message] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._cause: Message | None = None
-        self._finished = self._said = self._late = False
+        self._finished = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Until the rank has ended and nobody needs this guard any more."""
-        reader, self._to_rank = await asyncio.open_unix_connection(sock=self._socket)
-        self._spawn(self._listen_to_rank(reader))
-        self._watch_pid()
+        await self._ward.watch(self._socket)
         try:
             if self.rank == 0:
                 await self._be_hub()
             else:
                 await self._join_hub()
         except _RefusedError as error:
-            self._tell_rank({"t": "refused", "why": str(error)})
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._rank_gone.wait(), 5)
+            self._ward.tell({"t": "refused", "why": str(error)})
+            await self._ward.ends(5)
             return
         self._spawn(self._tick())
-        await self._rank_gone.wait()
+        await self._ward.gone.wait()
         if self._ending is not None:
             await self._ending
         elif not self._finished:
@@ -87,92 +77,32 @@ class Guard:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._others_gone(), 10)
 
-    # --- the rank -----------------------------------------------------------------------------------------------------
-
-    def _tell_rank(self, message: Message) -> None:
-        assert self._to_rank is not None
-        if not self._to_rank.is_closing():
-            self._to_rank.write(json.dumps(message).encode() + b"\n")
-
-    async def _listen_to_rank(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while line := await reader.readline():
-                message: Message = json.loads(line)
-                if message["t"] == "where" and self._answer is not None and not self._answer.done():
-                    self._answer.set_result(message)
-                elif message["t"] in ("said", "shown"):
-                    self._said = True
-                    self._to_all(message)
-                elif message["t"] != "where":
-                    self._to_all(message)
-        self._rank_gone.set()
-
-    def _watch_pid(self) -> None:
-        """A child that the rank forked may hold the socket open, so the process itself is watched where that works."""
-        if hasattr(os, "pidfd_open"):
-            try:
-                fd = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                self._rank_gone.set()
-                return
-            asyncio.get_running_loop().add_reader(fd, self._rank_gone.set)
-
     async def _end_rank(self, cause: Message) -> None:
         """Ask the rank to say why it ends; say it for one that cannot, and dump its stacks."""
         own = self.rank in cause["ranks"]
         shows = own and cause["kind"] in ("exception", "peer", "exit", "signal")
-        self._tell_rank({**cause, "shows": shows})
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._rank_gone.wait(), 8.0 if shows else SAY_S)
-        if not self._said and not (own and cause["kind"] in ("died", "lost")) and not shows:
-            self.say(f"the job ends: {cause['title']}")
-            self._said = True
-            self._kill(signal.SIGABRT)
+        self._ward.tell({**cause, "shows": shows})
+        await self._ward.ends(8.0 if shows else SAY_S)
+        if not self._ward.said and not (own and cause["kind"] in ("died", "lost")) and not shows:
+            self._ward.say(f"the job ends: {cause['title']}")
+            self._ward.said = True
+            self._ward.kill(signal.SIGABRT)
             self._to_all({"t": "said"})
 
     async def _exit_rank(self) -> None:
         if self._hub is not None:  # JAX's clients abort, loudly, when rank 0 ends before them
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._others_gone(), END_S)
-        self._tell_rank({"t": "exit"})
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._rank_gone.wait(), END_S)
-        self._kill(signal.SIGKILL)
+        self._ward.tell({"t": "exit"})
+        await self._ward.ends(END_S)
+        self._ward.kill(signal.SIGKILL)
         self._over.set()
 
-    def _kill(self, number: signal.Signals) -> None:
-        if not self._rank_gone.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
     async def _look(self) -> None:
-        """What the rank is doing, for the hub to find out who is stuck."""
-        self._answer = asyncio.get_running_loop().create_future()
-        self._tell_rank({"t": "where?"})
-        answer: Message = {"waits": False, "where": "an unknown place"}
-        runs = True
-        try:
-            answer = await asyncio.wait_for(self._answer, ANSWER_S)
-        except TimeoutError:
-            runs = False
-        step = self.record.read_step()
-        seen = {"waits": answer["waits"], "where": answer["where"], "runs": runs, "state": self._state()}
-        self._to_all({"t": "status", "step": step.number, "name": step.name, **seen})
+        self._to_all(await self._ward.look())
 
     async def _freeze(self) -> None:
-        """Hold the rank at its next point, and say which one that is at the latest.
-
-        It may have looked just before; after a moment it has either come to that point or will wait at the next.
-        """
-        self.record.freeze()
-        await asyncio.sleep(SEEN_S)
-        self._to_all({"t": "at", "point": self.record.point + 1})
-
-    def _state(self) -> str:
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0]
-        except OSError:
-            return "?"
+        self._to_all({"t": "at", "point": await self._ward.freeze()})
 
     # --- the hub ------------------------------------------------------------------------------------------------------
 
@@ -198,7 +128,7 @@ class Guard:
             if kind == "freeze":
                 self._spawn(self._freeze())
             self._finished = self._finished or kind in ("all done", "refused")
-            self._tell_rank(message)
+            self._ward.tell(message)
 
     def _lost_hub(self, why: str) -> None:
         if self._cause is None and not self._finished:
@@ -213,7 +143,7 @@ class Guard:
         config = self.config
         names = ("size", "hosts", "init_s", "silence_s", "drain_s", "exit_s")
         self._hub = Hub(
-            send=self._send, tell=self.say, started=time.monotonic(), welcome=config["welcome"],
+            send=self._send, tell=self._ward.say, started=time.monotonic(), welcome=config["welcome"],
             **{name: config[name] for name in names},
         )  # fmt: skip
         try:
@@ -246,7 +176,7 @@ class Guard:
                 link.send({"t": "refused", "why": refused})
                 return
             rank = hello["rank"]
-            link.send({"t": "joined", "hub": [self.config["host"], self.pid]})
+            link.send({"t": "joined", "hub": [self.config["host"], self.config["pid"]]})
             while True:
                 message = await link.receive()
                 if message["t"] == "beat":
@@ -285,7 +215,7 @@ class Guard:
                 seen = "the connection is closed at once"
             except OSError as error:
                 seen = error.strerror or str(error)
-            if self._rank_gone.is_set():
+            if self._ward.gone.is_set():
                 return
             if time.monotonic() > deadline:
                 raise _RefusedError(
@@ -316,7 +246,7 @@ class Guard:
                 f"rank {self.rank} and the coordinator at {host}:{port} hold different job secrets, or it ended; set "
                 "the same SPMD_INFER_JOB_SECRET for all"
             )
-            self._tell_rank({"t": "refused", "why": refused})
+            self._ward.tell({"t": "refused", "why": refused})
             self._finished = True
         self._lost_hub(why)
 
@@ -336,27 +266,9 @@ class Guard:
                 if now - self._hub_heard > self.config["silence_s"] and "hub" in self.config:
                     wait = self.config["silence_s"]
                     self._lost_hub(f"no word for {wait:.0f} s, its host is down or the network is cut")
-            self._check_rank(now)
+            if self._cause is None and (text := self._ward.overdue()):
+                self._to_all({"t": "failed", "kind": "stuck", "text": text})
             await asyncio.sleep(TICK_S)
-
-    def _check_rank(self, now: float) -> None:
-        if self._late or self._cause is not None or self._rank_gone.is_set():
-            return
-        step, alive = self.record.read_step(), self.record.alive
-        who = f"rank {self.rank}"
-        text = ""
-        if step.deadline and now > step.deadline:
-            text = f"step {step.number} ({step.name!r}) of {who} ran past its {step.deadline - step.began:.0f} s"
-        elif alive and now - alive > self.config["stall_s"]:
-            text = f"the interpreter of {who} has not run for {self.config['stall_s']:.0f} s"
-        if text:
-            self._late = True
-            self._to_all({"t": "failed", "kind": "stuck", "text": text})
-
-    def say(self, text: str) -> None:
-        """Write to the rank's standard error, whole lines at once."""
-        with contextlib.suppress(OSError):
-            os.write(2, f"[spmd-infer rank {self.rank}] {text}\n".encode())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -68,11 +69,14 @@ class Job:
         pids: the process id of each rank.
     """
 
-    def __init__(self, place: Place, link: Link | None, hosts: Sequence[str], pids: Sequence[int]) -> None:
+    def __init__(
+        self, place: Place, link: Link | None, hosts: Sequence[str], pids: Sequence[int], step_s: float = 600.0
+    ) -> None:
         self.place = place
         self.hosts = tuple(hosts)
         self.pids = tuple(pids)
         self._link = link
+        self._step_s = step_s
         self._steps = 0
         self._state: StepState | None = None
         self._point = 0
@@ -109,6 +113,10 @@ class Job:
             seconds: how long it may take.
         """
         return _Step(self, name, seconds)
+
+    def device_step(self, name: str) -> AbstractContextManager[None]:
+        """A step of the engine's own, with the job's deadline for these; part of the caller's step where one is."""
+        return nullcontext() if self._state is not None else _Step(self, name, self._step_s)
 
     def _begin(self, name: str, seconds: float) -> StepState | None:
         outer, now = self._state, time.monotonic()

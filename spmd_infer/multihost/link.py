@@ -29,6 +29,7 @@ _WAITING = {
     ("jax/_src/array.py", None),
     ("jax/_src/api.py", "block_until_ready"),
     ("jax/_src/interpreters/pxla.py", "__call__"),
+    ("jax/_src/xla_bridge.py", None),  # start-up: every process waits for the devices of all
     ("spmd_infer/multihost/link.py", "wait"),
     ("spmd_infer/multihost/channel.py", None),
 }

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import spmd_infer
 from spmd_infer.errors import ClusterError
 from spmd_infer.multihost.channel import open_channel
 from spmd_infer.multihost.detection import RANK_PID, detect, local_devices
@@ -28,6 +27,7 @@ BIND = "SPMD_INFER_BIND"
 INIT_TIMEOUT = "SPMD_INFER_INIT_TIMEOUT"
 HEARTBEAT = "SPMD_INFER_HEARTBEAT"
 DRAIN = "SPMD_INFER_DRAIN"
+STEP = "SPMD_INFER_STEP"
 
 _NO_PROXY = "no_grpc_proxy"
 _STALL_S = 60
@@ -45,13 +45,14 @@ def initialize(
     init_timeout: int | None = None,
     heartbeat: int | None = None,
     drain: int | None = None,
+    step: int | None = None,
     quiet: bool = False,
 ) -> Job:
     """Join the job that this process is part of; call it before JAX is used.
 
     What is not given is taken from ``SPMD_INFER_COORDINATOR``, ``_NUM_PROCESSES``, ``_PROCESS_ID``, ``_BIND``,
-    ``_LOCAL_DEVICES``, ``_INIT_TIMEOUT``, ``_HEARTBEAT`` and ``_DRAIN``, then from what SLURM, Open MPI or Kubernetes
-    say. A process that nobody started as part of a job is a job of one.
+    ``_LOCAL_DEVICES``, ``_INIT_TIMEOUT``, ``_HEARTBEAT``, ``_DRAIN`` and ``_STEP``, then from what SLURM, Open MPI or
+    Kubernetes say. A process that nobody started as part of a job is a job of one.
 
     A guard process watches this one from here on; see ``Job``.
 
@@ -65,6 +66,7 @@ def initialize(
         init_timeout: seconds in which all processes must have come; default 60.
         heartbeat: seconds without a word after which a host counts as lost; default 10.
         drain: seconds that ranks have, after SIGTERM, to come to a point where they can stop; default 30.
+        step: seconds that one dispatch or one wait of the engine may take outside of ``job.step``; default 600.
         quiet: print nothing where all goes well.
 
     Returns:
@@ -83,6 +85,7 @@ def initialize(
         "init_s": _seconds(env, INIT_TIMEOUT, init_timeout, 60),
         "silence_s": _seconds(env, HEARTBEAT, heartbeat, 10),
         "drain_s": _seconds(env, DRAIN, drain, 30),
+        "step_s": _seconds(env, STEP, step, 600),
         "stall_s": _STALL_S,
         "exit_s": _EXIT_S,
     }
@@ -123,7 +126,7 @@ def _join(place: Place, bind: str | None, limits: Mapping[str, int], devices: li
         link.finished = True
         raise ClusterError(said["why"] if said else f"rank {place.rank}'s guard gave no answer")
     hosts, pids = zip(*said["roster"], strict=True)
-    job = Job(place, link, hosts, pids)
+    job = Job(place, link, hosts, pids, limits["step_s"])
     job.channel = channel
     job.arm()
     faulthandler.enable(all_threads=True)
@@ -147,7 +150,7 @@ def start_guard(place: Place, bound: str, secret: bytes, limits: Mapping[str, in
         "hosts": place.hosts, "host": socket.gethostname(), "pid": os.getpid(), "secret": secret.hex(),
         "welcome": welcome, "socket_fd": theirs.fileno(), "record_fd": record.fd, **limits,
     }  # fmt: skip
-    root = str(Path(spmd_infer.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     # -S: without site-packages a guard starts in a moment, and nothing there can run in it.
     guard = subprocess.Popen(
         [sys.executable, "-S", "-c", _GUARD.format(root=root)],

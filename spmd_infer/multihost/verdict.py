@@ -46,8 +46,9 @@ def blame_status(status: Mapping[int, Mapping[str, Any] | None], late: Sequence[
     """Which ranks the others wait for, from what every rank was doing when a step ran past its time.
 
     Args:
-        status: for each rank what its guard saw: ``state`` (``T`` is stopped), ``runs`` (whether its interpreter
-            answers), ``step``, ``waits`` (whether its main thread waits for devices) and ``where``; None if silent.
+        status: for each rank what its guard saw: ``state`` (``T`` is stopped, ``D`` held up in the kernel), ``runs``
+            (whether its interpreter answers), ``step``, ``waits`` (whether its main thread waits for devices) and
+            ``where``; None if silent.
         late: reports of the steps that ran past their time.
 
     Returns:
@@ -70,4 +71,7 @@ def blame_status(status: Mapping[int, Mapping[str, Any] | None], late: Sequence[
     busy = [rank for rank, seen in known.items() if not seen["waits"]]
     if busy and len(busy) < len(known):
         return busy, f"is stuck at {known[busy[0]]['where']} while the others wait for it; {why}"
+    held = [rank for rank, seen in known.items() if seen["state"] == "D"]
+    if held and len(held) < len(known):
+        return held, f"is held up in the kernel by a device or a file system, at {known[held[0]]['where']}; {why}"
     return sorted({report.rank for report in late}), f"overstayed a step: {why}; no rank stands out, see the stacks"

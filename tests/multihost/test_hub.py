@@ -179,6 +179,7 @@ def status(**changes: Any) -> dict[str, Any]:
         ({"runs": False}, "does not run: stuck in a call that holds its interpreter; late"),
         ({"step": 4}, "is stuck at w, in step 4 while others are in 5; late"),
         ({"waits": False, "where": "sleep.py:3"}, "is stuck at sleep.py:3 while the others wait for it; late"),
+        ({"state": "D"}, "is held up in the kernel by a device or a file system, at w; late"),
     ],
 )
 def test_the_rank_that_the_others_wait_for(odd: dict[str, Any], text: str) -> None:
