@@ -101,10 +101,10 @@ class Engine:
         self._runner = BatchRunner(self._programs, signature, self._make_buckets())
         self._tasks: dict[str, Any] = {}
         if placement.mesh.is_multi_process:
-            from spmd_infer.multihost.fingerprint import agree, of_engine
+            from spmd_infer.multihost.fingerprint import agree, of_placement
             from spmd_infer.multihost.job import this_job
 
-            agree(this_job(), "the engine", of_engine(self))
+            agree(this_job(), "the engine", of_placement(placement, self._runner.buckets, opened))
 
     def _make_buckets(self) -> Buckets:
         asked, parts = self._asked_buckets, self.data_parts
@@ -463,22 +463,30 @@ class Engine:
 
         In a job of several processes all of them call this; prompts and parameters are rank 0's, results go to all.
         """
-        if self.mesh.is_multi_process:
-            from spmd_infer.multihost.job import this_job
-            from spmd_infer.multihost.requests import shared_request
-
-            prompts, params = shared_request(this_job(), prompts, params)
-        return self.task("generate")(prompts, params, **options)
+        return self.task("generate")(*self._shared(prompts, params), **options)
 
     def stream(self, prompt: Any, params: Any = None, **options: Any) -> Iterator[str]:
-        """Continue one prompt piece by piece; see ``spmd_infer.tasks.generate.Generate.stream``."""
-        pieces: Iterator[str] = self.task("generate").stream(prompt, params, **options)
+        """Continue one prompt piece by piece; see ``spmd_infer.tasks.generate.Generate.stream``.
+
+        In a job of several processes all of them call this, and all get the pieces of rank 0's prompt. The stream goes
+        on, and ends, where rank 0 goes on with it or closes it.
+        """
+        pieces: Iterator[str] = self.task("generate").stream(*self._shared(prompt, params), **options)
         return pieces
 
     def astream(self, prompt: Any, params: Any = None, **options: Any) -> AsyncIterator[str]:
         """As ``stream``, for ``async for``; see ``spmd_infer.tasks.generate.Generate.astream``."""
-        pieces: AsyncIterator[str] = self.task("generate").astream(prompt, params, **options)
+        pieces: AsyncIterator[str] = self.task("generate").astream(*self._shared(prompt, params), **options)
         return pieces
+
+    def _shared(self, prompts: Any, params: Any) -> tuple[Any, Any]:
+        """Rank 0's prompts and parameters in a job of several processes; else the caller's."""
+        if not self.mesh.is_multi_process:
+            return prompts, params
+        from spmd_infer.multihost.job import this_job
+        from spmd_infer.multihost.requests import shared_request
+
+        return shared_request(this_job(), prompts, params)
 
     def score(self, texts: Any) -> Any:
         """Log-probabilities of the tokens of texts; see ``spmd_infer.tasks.generate.Generate.score``."""

@@ -104,6 +104,11 @@ class Request:
         allowed = params.allowed_token_ids
         self._allowed = None if allowed is None else token_bits(allowed, vocab_size)
 
+    def guard_text(self, guard: Callable[[Callable[[str], None]], Callable[[str], None]]) -> None:
+        """Have pieces of text told to ``guard(on_text)`` instead of ``on_text``."""
+        if self._on_text is not None:
+            self._on_text = guard(self._on_text)
+
     @property
     def text(self) -> str:
         """What is certain of the text."""

@@ -21,8 +21,10 @@ import msgspec
 from spmd_infer.errors import ClusterError
 
 if TYPE_CHECKING:
-    from spmd_infer.engine import Engine
+    from spmd_infer.batching import Buckets
     from spmd_infer.multihost.job import Job
+    from spmd_infer.opening import OpenedModel
+    from spmd_infer.placement import Placement
 
 PACKAGES = ("spmd-infer", "jax", "jaxlib", "flax", "numpy")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -82,20 +84,26 @@ def of_environment() -> Fingerprint:
     return parts
 
 
-def of_engine(engine: Engine) -> Fingerprint:
-    """What an engine runs: plan, the weights' names, shapes and places, the model's configuration and checkpoint."""
+def of_placement(placement: Placement, buckets: Buckets, opened: OpenedModel | None) -> Fingerprint:
+    """What an engine runs: plan, the weights' names, shapes and places, the model's configuration and checkpoint.
+
+    Args:
+        placement: the model on its mesh.
+        buckets: the batch sizes that programs are compiled for.
+        opened: the zoo model and its checkpoint; None for a model of the caller's own.
+    """
+    plan, params = placement.plan, placement.params
     parts = {
         **of_environment(),
-        "mesh": str(engine.plan.mesh),
-        "plan": _digest([str(weight) for weight in engine.plan.weights]),
-        "weights": _digest({path: [w.shape, w.dtype.name, str(w.sharding)] for path, w in engine.params.items()}),
-        "buckets": str(engine.buckets.sizes),
-        "devices": str([d.id for d in engine.mesh.devices.flat]),
+        "mesh": str(plan.mesh),
+        "plan": _digest([str(weight) for weight in plan.weights]),
+        "weights": _digest({path: [w.shape, w.dtype.name, str(w.sharding)] for path, w in params.items()}),
+        "buckets": str(buckets.sizes),
+        "devices": str([d.id for d in placement.mesh.devices.flat]),
     }
-    if engine.config is not None:
-        parts["configuration"] = f"{type(engine.config).__name__} {_digest(str(engine.config))}"
-    if engine.reader is not None:
-        parts["checkpoint"] = of_checkpoint(engine.reader.path, engine.reader.tensors)
+    if opened is not None:
+        parts["configuration"] = f"{type(opened.config).__name__} {_digest(str(opened.config))}"
+        parts["checkpoint"] = of_checkpoint(opened.reader.path, opened.reader.tensors)
     return parts
 
 

@@ -58,34 +58,18 @@ class EndOfBatches(msgspec.Struct, tag="end", array_like=True, frozen=True):
     error: str = ""
 
 
-class Admission(msgspec.Struct, array_like=True, frozen=True):
-    """A request that the schedulers of all ranks take in.
-
-    Attributes:
-        request: its number, the same on all ranks.
-        token_ids: its prompt.
-        params: its sampling parameters, encoded by the leader.
-    """
-
-    request: Count
-    token_ids: tuple[Count, ...]
-    params: bytes
-
-
 class Step(msgspec.Struct, tag="step", array_like=True, frozen=True):
-    """One step of replicated schedulers: what is new since the last one, so its size does not grow with the batch.
+    """What the leader's scheduler does next, for the others to do the same; its size does not grow with the batch.
 
     Attributes:
-        number: of the step.
-        admitted: requests that came.
-        cancelled: numbers of requests that went.
-        stop: whether this is the last step.
+        number: of this message.
+        cancelled: names of requests that end now.
+        turn: whether a step is planned and run then.
     """
 
     number: Count
-    admitted: tuple[Admission, ...] = ()
-    cancelled: tuple[Count, ...] = ()
-    stop: bool = False
+    cancelled: tuple[Name, ...] = ()
+    turn: bool = True
 
 
 Message = Hello | Part | Parts | Arrays | EndOfBatches | Step

@@ -57,7 +57,7 @@ class Generate:
         self._config: Any = engine.config
         self.tokenizer = Tokenizer.from_reader(engine.reader)
         self._options = options or GenerationOptions()
-        self.loop = GenerationLoop(engine, self._config, self.tokenizer.eos_ids, self._options)
+        self.loop = self._new_loop()
         self._ids = count()
 
     def __call__(
@@ -138,7 +138,14 @@ class Generate:
     def mesh_changed(self) -> None:
         """Start with an empty cache on the engine's new mesh; what was running has ended as cancelled."""
         self.loop.close()
-        self.loop = GenerationLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
+        self.loop = self._new_loop()
+
+    def _new_loop(self) -> GenerationLoop:
+        if self._engine.mesh.is_multi_process:
+            from spmd_infer.multihost.replicated_loop import ReplicatedLoop
+
+            return ReplicatedLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
+        return GenerationLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
 
     def _started(self, prompt: Prompt, params: SamplingParams | None, *, chat: bool) -> tuple[deque[str], Request]:
         ((ids, each),) = self._checked([prompt], params, chat=chat)

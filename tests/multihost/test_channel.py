@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as st_numpy
 from spmd_infer.errors import BatchError, ClusterError
 from spmd_infer.multihost.batches import pack, unpack
 from spmd_infer.multihost.channel import Channel, open_channel, run_key
-from spmd_infer.multihost.messages import Admission, Arrays, EndOfBatches, Part, Step, decode, encode
+from spmd_infer.multihost.messages import Arrays, EndOfBatches, Part, Step, decode, encode
 from spmd_infer.multihost.place import Place
 from tests.multihost.processes import Ranks
 
@@ -57,7 +57,7 @@ def wire():
 
 
 def test_messages_arrive_in_order(wire: Wire) -> None:
-    steps = [Step(n, (Admission(n, (1, 2, 3), b"{}"),), (n - 1,)) for n in range(1, 4)]
+    steps = [Step(n, (f"{n}.0",), n % 2 == 0) for n in range(1, 4)]
     for step in steps:
         wire.far.send_multipart(wire.sealed(step))
     assert [wire.follower.receive(Step)[0] for _ in steps] == steps
@@ -180,7 +180,7 @@ def test_batches_of_tuples_lists_and_bfloat16() -> None:
 COST = """
 import json, sys, time
 from spmd_infer.multihost.channel import open_channel
-from spmd_infer.multihost.messages import Admission, Step
+from spmd_infer.multihost.messages import Step
 from spmd_infer.multihost.place import Place
 import os
 rank, port = int(os.environ["SPMD_INFER_PROCESS_ID"]), sys.argv[1]
@@ -200,10 +200,9 @@ for rows in (8, 256):
         before, sends = channel.sent_bytes, []
         begin = time.perf_counter()
         for number in range(STEPS):
-            # What is new in a step does not depend on how many requests run: one comes and one goes now and then.
-            new = (Admission(number, tuple(range(64)), b"{}"),) if number % 64 == 0 else ()
+            # What is new in a step does not depend on how many requests run: one goes now and then.
             start = time.perf_counter()
-            channel.send(Step(number, new, (number,) if new else ()))
+            channel.send(Step(number, (f"{number}.0",) if number % 64 == 0 else ()))
             sends.append(time.perf_counter() - start)
         sent = channel.sent_bytes - before
         channel.gather("end", b"")  # all have received all steps
