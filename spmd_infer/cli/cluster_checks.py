@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from spmd_infer.cli.accelerators import Finding, visible_gpus
+from spmd_infer.cli.cluster_links import check_links
 
 if TYPE_CHECKING:
     from spmd_infer.multihost.job import Job
@@ -34,7 +35,10 @@ def check_cluster(job: Job, paths: Sequence[Path]) -> list[Finding]:
     findings += [_compare(job, str(path), _path(path), missing="does not exist") for path in paths]
     findings.append(_clocks(job))
     findings.append(_round_trip(job))
-    findings.append(_collective(job))
+    links = check_links(job)
+    findings += links
+    if all(finding.level == "ok" for finding in links):  # else it would hang
+        findings.append(_collective(job))
     return findings
 
 

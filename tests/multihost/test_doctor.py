@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.processes import clean_environment
+from tests.multihost.processes import Ranks, clean_environment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -32,7 +32,9 @@ def test_ranks_that_agree() -> None:
     assert all(each["level"] == "ok" for each in found.values())
     assert found["processes"]["found"].startswith("3 on ")
     assert "version of jax" in found["versions and settings"]["found"]
-    print("\n" + "\n".join(f"{name}: {each['found']}" for name, each in found.items() if name in ("clocks", "link")))
+    assert found["ports"]["found"] == "every rank reaches every other"
+    shown = ("clocks", "control channel", "TCP", "link")
+    print("\n" + "\n".join(f"{name}: {found[name]['found']}" for name in shown))
 
 
 def test_ranks_that_differ(tmp_path: Path) -> None:
@@ -45,3 +47,34 @@ def test_ranks_that_differ(tmp_path: Path) -> None:
     assert settings["found"].startswith("variable JAX_DEFAULT_MATMUL_PRECISION: nothing on rank 0 (")
     assert "highest on rank 1 (" in settings["found"]
     assert found[str(missing)]["found"] == "does not exist on any host"
+
+
+CLOSED = """
+import socket, time
+from spmd_infer.cli import cluster_checks, cluster_links
+import spmd_infer as si
+
+with si.initialize(quiet=True) as job:
+    if job.rank == 2:  # a host whose firewall lets nothing in, and whose clock is wrong
+        listener, now = cluster_links.listen(job), time.time
+        listener.close()
+        closed = socket.socket()
+        closed.bind(("127.0.0.1", 0))  # it does not listen
+        cluster_links.listen = lambda job: closed
+        time.time = lambda: now() + 90
+    for finding in cluster_checks.check_cluster(job, []):
+        print(finding.level, finding.what, finding.found, sep="|")
+"""
+
+
+def test_a_host_that_cannot_be_reached_and_a_clock_that_is_wrong(tmp_path: Path) -> None:
+    with Ranks(CLOSED, 3, tmp_path) as ranks:
+        assert set(ranks.wait(120).values()) == {0}, ranks.err(2)
+        found = {line.split("|")[1]: line for line in ranks.out(0).splitlines()}
+        assert "does not reach rank 2 (" in found["ports"]
+        assert found["ports"].startswith("problem|ports|rank 0 (")
+        assert "Connection refused; 2 connections fail" in found["ports"]
+        assert "link" not in found  # the collective would hang
+        assert "rank 2 (" in found["clocks"]
+        assert "is +90.0 s off" in found["clocks"]
+        assert ranks.out(0) == ranks.out(1) == ranks.out(2)
