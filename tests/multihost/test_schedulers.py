@@ -1,10 +1,11 @@
-"""Real SLURM and real Open MPI on this machine, started by ``scripts/ci-cluster``; and manifests for Kubernetes.
+"""Real SLURM and real Open MPI on this machine, started by ``scripts/ci-cluster``.
 
 Where they are not installed these tests are skipped, except in CI.
 """
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from spmd_infer.multihost.detection import detect
 from spmd_infer.multihost.exit_codes import OTHER_FAILED
+from spmd_infer.multihost.secret import job_secret
 from tests.multihost.processes import clean_environment
 
 LAUNCH = Path("scripts/launch").resolve()
@@ -91,10 +92,9 @@ def sbatch(conf: str, folder: Path, fault: str, restarts: int, seconds: float) -
     ).stdout.strip()  # fmt: skip
     deadline = time.monotonic() + seconds
     try:
-        final = 0  # a job that is put back is cancelled for a moment
-        while final < 8:
+        state = ""
+        while state not in ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT"):  # one that is put back is CANCELLED first
             state = state_of(job, env)
-            final = final + 1 if state in ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT") else 0
             assert time.monotonic() < deadline, output.read_text() if output.exists() else f"never started: {state}"
             if state == "PENDING":  # a requeued job is held back for two minutes, so that a broken node is noticed
                 update = ["scontrol", "update", f"jobid={job}", "starttime=now"]
@@ -151,50 +151,25 @@ def test_mpirun(fault: str, tmp_path: Path) -> None:
         assert len(re.findall(r"the job ends: rank 1 \(\S+ pid \d+\) raised LookupError", done.stderr)) == 3
 
 
-def manifest(name: str) -> dict:
-    return yaml.safe_load((LAUNCH / "kubernetes" / name).read_text())
-
-
-def environment(container: dict, annotations: dict[str, str]) -> dict[str, str]:
-    """What a container's env comes to in a pod with these annotations."""
-    env = {}
-    for entry in container["env"]:
-        source = entry.get("valueFrom", {})
-        if "fieldRef" in source:
-            path = re.fullmatch(r"metadata\.annotations\['(.+)'\]", source["fieldRef"]["fieldPath"])
-            env[entry["name"]] = annotations[path[1]]  # type: ignore[index]  # it matches, or the manifest is wrong
-        elif "secretKeyRef" in source:
-            env[entry["name"]] = "0123456789abcdef"
-        else:
-            env[entry["name"]] = entry["value"]
-    return env
-
-
-def test_jobset_manifest() -> None:
-    """With what the JobSet controller adds: the index as a variable, names and the coordinator as annotations."""
-    spec = manifest("jobset.yaml")["spec"]
-    (workers,) = spec["replicatedJobs"]
-    job = workers["template"]["spec"]
-    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
-    (container,) = job["template"]["spec"]["containers"]
-    annotations = {
-        "jobset.sigs.k8s.io/coordinator": "spmd-infer-workers-0-0.spmd-infer",
-        "jobset.sigs.k8s.io/jobset-name": "spmd-infer",
-    }
-    for rank in range(job["parallelism"]):
-        place = detect(environment(container, annotations) | {"JOB_COMPLETION_INDEX": str(rank)})
-        assert (place.rank, place.size) == (rank, job["completions"])
-        assert place.host == "spmd-infer-workers-0-0.spmd-infer"
-        assert place.source.startswith("Kubernetes JobSet")
-
-
-def test_leaderworkerset_manifest() -> None:
-    group = manifest("leaderworkerset.yaml")["spec"]["leaderWorkerTemplate"]
-    (container,) = group["workerTemplate"]["spec"]["containers"]
-    added = {"LWS_LEADER_ADDRESS": "spmd-infer-0.spmd-infer.default", "LWS_GROUP_SIZE": str(group["size"])}
-    for rank in range(group["size"]):
-        place = detect(environment(container, {}) | added | {"LWS_WORKER_INDEX": str(rank)})
-        assert (place.rank, place.size, place.host) == (rank, 2, added["LWS_LEADER_ADDRESS"])
+def test_what_ray_hands_over() -> None:
+    """The script is run with a real Ray by hand; here is what each process is told."""
+    before = list(sys.path)
+    try:
+        names = runpy.run_path(str(LAUNCH / "ray.py"))
+    finally:
+        sys.path[:] = before
+    places = names["places"](3, "10.0.0.5:4711")
+    assert len({place["SPMD_INFER_JOB_SECRET"] for place in places}) == 1
+    for rank, env in enumerate(places):
+        place = detect(env)
+        assert (place.rank, place.size, place.coordinator) == (rank, 3, "10.0.0.5:4711")
+        assert len(job_secret(env)) == 64
+    program = "import os, sys; sys.exit(int(os.environ['SPMD_INFER_PROCESS_ID']) + 40)"
+    assert names["run"]([sys.executable, "-c", program], places[2]) == 42
+    killed = "import os; os.kill(os.getpid(), 9)"
+    assert names["run"]([sys.executable, "-c", killed], places[0]) == 137
+    assert names["OTHER_FAILED"] == OTHER_FAILED
+    assert len((LAUNCH / "ray.py").read_text().splitlines()) <= 90
 
 
 def test_scripts_are_short_and_executable() -> None:
