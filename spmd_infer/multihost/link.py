@@ -29,7 +29,7 @@ _WAITING = {
     ("jax/_src/array.py", None),
     ("jax/_src/api.py", "block_until_ready"),
     ("jax/_src/interpreters/pxla.py", "__call__"),
-    ("jax/_src/xla_bridge.py", None),  # start-up: every process waits for the devices of all
+    ("jaxlib/xla_client.py", None),  # start-up: every process waits for the devices of all
     ("spmd_infer/multihost/link.py", "wait"),
     ("spmd_infer/multihost/channel.py", None),
 }
@@ -164,7 +164,7 @@ def whereabouts(thread: int) -> Message:
 
 def _short(file: str) -> str:
     parts = Path(file).parts
-    for top in ("jax", "spmd_infer"):
+    for top in ("jax", "jaxlib", "spmd_infer"):
         if top in parts:
             return "/".join(parts[len(parts) - 1 - parts[::-1].index(top) :])
     return parts[-1]
