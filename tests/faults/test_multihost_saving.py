@@ -75,7 +75,11 @@ def test_a_rank_killed_while_all_save_leaves_nothing_half_written(tmp_path: Path
     for kill in range(KILLS):
         with Ranks(SAVE, 2, tmp_path, str(folder), "100000", "-", devices=2) as ranks:
             ranks.until("begin")
-            time.sleep(chance.uniform(0.1, 1.0))
+            two = time.monotonic() + 60
+            while not (folder / "saved1").exists():
+                assert time.monotonic() < two
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 0.5))
             ranks.popen[kill % 2].kill()
             begin = time.monotonic()
             ranks.wait(40)
