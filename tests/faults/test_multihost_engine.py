@@ -1,6 +1,5 @@
 """A rank that stops where nobody has set a deadline: the watchdog is armed from the start, by the engine (FAULTS 4)."""
 
-import os
 import re
 import socket
 import subprocess
@@ -59,6 +58,7 @@ STUCK_IMPORT = """
 import os, time
 os.environ["SPMD_INFER_PROCESS_ID"] == "1" and time.sleep(1000)
 import spmd_infer as si
+print("joins", time.time(), flush=True)
 si.initialize(quiet=True)
 """
 
@@ -92,15 +92,14 @@ def test_a_rank_whose_devices_do_not_start(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_before_it_joins_is_named_and_ended_by_the_launcher() -> None:
     limit = 5
-    begin = time.monotonic()
     done = subprocess.run(
         [str(Path(sys.executable).parent / "spmd-infer"), "launch", "--nprocs", "3", "--", sys.executable, "-c",
          STUCK_IMPORT],
         env=clean_environment(SPMD_INFER_INIT_TIMEOUT=str(limit)),
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    seconds = time.monotonic() - begin
-    print(f"\nrank 1 hangs before it joins: {seconds:.1f} s from start to end, load {os.getloadavg()[0]:.1f}")
+    ended = time.time()
     assert done.returncode == 1
     assert "ClusterError: 2 of 3 processes came within 5 s; missing: rank 1" in done.stderr
-    assert seconds <= limit + 10 + 8
+    joined = max(float(moment) for moment in re.findall(r"joins ([0-9.]+)", done.stdout))
+    report("rank 1 hangs before it joins, time-out 5 s, launcher and all", ended - joined, limit + 10)
