@@ -4,7 +4,8 @@ What the product computes with follows from the weight's dtype:
 
 * floats: operands in the weight's dtype, sums in float32. (A bfloat16 *result* is many times slower on CPU.)
 * int8: each row of ``x`` is rounded to int8 by a scale of its own; the sums are exact integers (int32), so the result
-  is the same however the summed dimension is split over devices. The price of that is one more all-reduce, of the rows'
+  is the same however the summed dimension is split over devices, and whichever instructions add them up
+  (``spmd_infer.models.unsigned_product``). The price of that is one more all-reduce, of the rows'
   largest values.
 * float8 (e4m3): rows of ``x`` likewise become float8. GPUs that multiply float8 get the float8 operands as they are;
   elsewhere the same values are multiplied in bfloat16, which holds each of them exactly.
@@ -30,6 +31,7 @@ from jax.sharding import Mesh
 
 from spmd_infer.axes import BATCH, SEQ, current_scope
 from spmd_infer.errors import ModelError
+from spmd_infer.models.unsigned_product import FEWEST_ROWS, prefers_unsigned, signed_by_unsigned
 
 INT8, FP8, INT4 = "int8", "fp8", "int4"
 DTYPES = {INT8: jnp.dtype(jnp.int8), FP8: jnp.dtype(jnp.float8_e4m3fn), INT4: jnp.dtype(jnp.uint8)}
@@ -61,7 +63,7 @@ def dense(x: jax.Array, weight: jax.Array, scale: jax.Array | None = None) -> ja
         return _product(x.astype(weight.dtype), weight, jnp.float32)
     if kind == INT8:
         numbers, row_scale = quantise_rows(x, INT8)
-        return _product(numbers, weight, jnp.int32).astype(jnp.float32) * row_scale * scale
+        return _int8_product(numbers, weight).astype(jnp.float32) * row_scale * scale
     if kind == FP8:
         numbers, row_scale = quantise_rows(x, FP8)
         if not _multiplies_float8():
@@ -177,6 +179,19 @@ def _unpacked(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (packed & 15).astype(jnp.int8) - 8, (packed >> 4).astype(jnp.int8) - 8
 
 
+def _int8_product(numbers: jax.Array, weight: jax.Array) -> jax.Array:
+    """``numbers @ weight.T`` in exact int32 sums, by the instructions that this machine has for them.
+
+    Where weights are split the sums of their columns would be one more all-reduce: there bytes stay signed.
+    """
+    scope = current_scope()
+    if scope is not None and _device().platform == "cpu" and prefers_unsigned() and _rows(numbers) >= FEWEST_ROWS:
+        rules, mesh = scope
+        if rules.leaves_weights_whole(dict(mesh.shape)):
+            return signed_by_unsigned(numbers, weight)
+    return _product(numbers, weight, jnp.int32)
+
+
 def _product(x: jax.Array, weight: jax.Array, sums: jax.typing.DTypeLike) -> jax.Array:
     """``x @ weight.T`` summed in a wider dtype."""
     repeated = _repeats(x, weight)
@@ -191,13 +206,18 @@ def _repeats(x: jax.Array, weight: jax.Array) -> int:
     """How often a single row is repeated: see ``_SINGLE_ROW``."""
     if weight.dtype == jnp.float32 or _device().platform != "cpu":
         return 1
+    return _SINGLE_ROW if _rows(x) == 1 else 1
+
+
+def _rows(x: jax.Array) -> int:
+    """Rows of ``x [..., in]`` that one device holds."""
     rows = prod(x.shape[:-1])
     scope = current_scope()
     if scope is not None:
         rules, mesh = scope
         for logical, size in zip((BATCH, SEQ), x.shape[:-1], strict=False):
             rows //= prod(mesh.shape[axis] for axis in rules.of_activations.split(logical, size, dict(mesh.shape)))
-    return _SINGLE_ROW if rows == 1 else 1
+    return rows
 
 
 def _device() -> jax.Device:

@@ -142,6 +142,12 @@ class AxisRules:
         rules = self.of_activations
         return lcm(*(prod(mesh_shape.get(axis, 1) for axis in rules.mesh_axes(name)) for name in (BATCH, ATTN_BATCH)))
 
+    def leaves_weights_whole(self, mesh_shape: Mapping[str, int]) -> bool:
+        """Whether no rule splits a weight on a mesh: each of its axes of more than one device splits rows alone."""
+        rows = (BATCH, ATTN_BATCH, SEQ, WIDTH)
+        of_weights = {axis for name in self.rules if name not in rows for axis in self.mesh_axes(name)}
+        return all(mesh_shape.get(axis, 1) == 1 for axis in of_weights)
+
     def split(self, logical: str | None, size: int, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
         """The mesh axes that really split a dimension of ``size``.
 
