@@ -27,11 +27,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh
 
-from spmd_infer.axes import BATCH, SEQ, current_scope
+from spmd_infer.axes import BATCH, SEQ, current_device, current_platform, current_scope
 from spmd_infer.errors import ModelError
-from spmd_infer.models.unsigned_product import FEWEST_ROWS, prefers_unsigned, signed_by_unsigned
+from spmd_infer.models.unsigned_product import signed_by_unsigned, suits_unsigned
 
 INT8, FP8, INT4 = "int8", "fp8", "int4"
 DTYPES = {INT8: jnp.dtype(jnp.int8), FP8: jnp.dtype(jnp.float8_e4m3fn), INT4: jnp.dtype(jnp.uint8)}
@@ -185,7 +184,7 @@ def _int8_product(numbers: jax.Array, weight: jax.Array) -> jax.Array:
     Where weights are split the sums of their columns would be one more all-reduce: there bytes stay signed.
     """
     scope = current_scope()
-    if scope is not None and _device().platform == "cpu" and prefers_unsigned() and _rows(numbers) >= FEWEST_ROWS:
+    if scope is not None and current_platform() == "cpu" and suits_unsigned(_rows(numbers), weight):
         rules, mesh = scope
         if rules.leaves_weights_whole(dict(mesh.shape)):
             return signed_by_unsigned(numbers, weight)
@@ -204,7 +203,7 @@ def _product(x: jax.Array, weight: jax.Array, sums: jax.typing.DTypeLike) -> jax
 
 def _repeats(x: jax.Array, weight: jax.Array) -> int:
     """How often a single row is repeated: see ``_SINGLE_ROW``."""
-    if weight.dtype == jnp.float32 or _device().platform != "cpu":
+    if weight.dtype == jnp.float32 or current_platform() != "cpu":
         return 1
     return _SINGLE_ROW if _rows(x) == 1 else 1
 
@@ -220,16 +219,9 @@ def _rows(x: jax.Array) -> int:
     return rows
 
 
-def _device() -> jax.Device:
-    """A device like those that will run the product which is being traced."""
-    scope = current_scope()
-    mesh = scope[1] if scope is not None else None
-    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]  # pipelines' meshes are abstract
-
-
 def _multiplies_float8() -> bool:
     """Whether the devices multiply float8 operands: NVIDIA's from Ada and Hopper on."""
-    device = _device()
+    device = current_device()
     capability = str(getattr(device, "compute_capability", "0"))
     major, _, minor = capability.partition(".")
     return bool(device.platform == "gpu" and major.isdecimal() and (int(major), int(minor or 0)) >= (8, 9))

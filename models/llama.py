@@ -41,6 +41,7 @@ from spmd_infer.models.attention import LayerCache, causal_attention
 from spmd_infer.models.heads import keys_in, mixed_out, queries_in
 from spmd_infer.models.layers import Embedding, Linear, RMSNorm
 from spmd_infer.models.pipeline import Stages
+from spmd_infer.models.platforms import computed_once
 from spmd_infer.tensors import InputSpec, Source
 
 Cache = TypeVar("Cache", bound=LayerCache)
@@ -343,8 +344,8 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Pass ``x [B, T, D]`` through some neighbouring layers."""
         turned = positions[..., None, None].astype(jnp.float32) * rope_frequencies(self.config)  # [B, T, 1, H / 2]
-        # Kept apart, or XLA works them out again for every number of every head in every layer: a fifth of a prompt's time.
-        angles = jax.lax.optimization_barrier((jnp.cos(turned), jnp.sin(turned)))
+        # Or XLA works them out for every head of every layer again: a fifth of a prompt's time on a CPU.
+        angles = computed_once(jnp.cos(turned)), computed_once(jnp.sin(turned))
         updated = []
         for index, block in enumerate(layers):
             x, cache = block(x, angles, positions, caches[index] if caches else None)

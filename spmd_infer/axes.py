@@ -21,6 +21,7 @@ from spmd_infer.tensors import Axes
 
 if TYPE_CHECKING:
     import jax
+    from jax import Device
     from jax.sharding import Mesh, PartitionSpec
 
 # Mesh axes, outermost first: neighbours along the last one talk most.
@@ -250,15 +251,19 @@ def current_scope() -> tuple[AxisRules, Mesh] | None:
     return _scope.get()
 
 
-def current_platform() -> str:
-    """The platform of the devices that the model is being traced for; outside an engine that of this process."""
+def current_device() -> Device:
+    """A device like those that the model is being traced for; outside an engine one of this process."""
     import jax
     from jax.sharding import Mesh
 
     scope = current_scope()
     mesh = scope[1] if scope is not None else None
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]  # pipelines' are abstract
-    return str(device.platform)
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.local_devices()[0]  # pipelines' are abstract
+
+
+def current_platform() -> str:
+    """The platform of ``current_device``."""
+    return str(current_device().platform)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
