@@ -16,7 +16,9 @@ def computed_once(x: jax.Array) -> jax.Array:
     """
     if current_scope() is None:
         return x
+    alone: jax.Array
     if current_platform() != "cpu":
-        return jax.lax.optimization_barrier(x)
-    alone: jax.Array = jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)
+        alone = jax.lax.optimization_barrier(x)
+    else:
+        alone = jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=jax.lax.Precision.HIGHEST)
     return alone
