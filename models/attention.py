@@ -10,18 +10,20 @@ the same one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from spmd_infer.axes import ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ, constrain, current_scope
+from spmd_infer.models.cache_formats import CacheFormat, Packed, widened
 from spmd_infer.models.ring_attention import find_split, split_attention
 from spmd_infer.tensors import Axes
 
 KEY_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, HEAD_DIM, KEY_SEQ)
 VALUE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, KEY_SEQ, HEAD_DIM)
+SCALE_AXES: Axes = (ATTN_BATCH, ATTN_KV_HEADS, KEY_SEQ)
 
 # Queries go in blocks that read the keys up to their own end: four blocks save three eighths of the arithmetic, eight
 # would save a sixteenth more. Of long prompts the scores of a block must not outgrow the weights.
@@ -60,10 +62,16 @@ class ContiguousCache:
     Attributes:
         keys: ``[B, K, H, S]``.
         values: ``[B, K, S, H]``.
+        key_scales: ``[B, K, S]`` where the format has scales.
+        value_scales: likewise.
+        format: what is held, if not floats of the dtype of ``keys``.
     """
 
     keys: jax.Array
     values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+    format: CacheFormat | None = field(default=None, metadata={"static": True})
 
     def attend(
         self, queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
@@ -76,38 +84,61 @@ class ContiguousCache:
 
     def _replaced(self, keys: jax.Array, values: jax.Array) -> ContiguousCache:
         """With the keys and values ``[B, T, K, H]`` of whole rows."""
-        keys = keys.transpose(0, 2, 3, 1).astype(self.keys.dtype)  # [B, K, H, T]
-        values = values.transpose(0, 2, 1, 3).astype(self.values.dtype)  # [B, K, T, H]
-        return ContiguousCache(
-            _with_first(self.keys, keys, KEY_AXES),
-            _with_first(self.values, values, VALUE_AXES),
+        packed_keys, packed_values = self._packed(keys), self._packed(values)
+        return replace(
+            self,
+            keys=_with_first(self.keys, packed_keys.numbers.transpose(0, 2, 3, 1), KEY_AXES),  # [B, K, H, T]
+            values=_with_first(self.values, packed_values.numbers.transpose(0, 2, 1, 3), VALUE_AXES),  # [B, K, T, H]
+            key_scales=_with_first_scales(self.key_scales, packed_keys.scales),
+            value_scales=_with_first_scales(self.value_scales, packed_values.scales),
         )
+
+    def _packed(self, values: jax.Array) -> Packed:
+        return Packed(values.astype(self.keys.dtype)) if self.format is None else self.format.pack(values)
 
     def _appended(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> ContiguousCache:
         """With one key and value ``[B, K, H]`` more in each row, at ``positions [B]``."""
         # One scatter with a position for each written number of the keys and each written row of the values. With a
         # position for each row of the batch alone, a batch of one becomes a slice update, which XLA on CPU fuses into
         # both of its readers at the cost of four copies of the whole cache.
-        keys, values = keys.astype(self.keys.dtype), values.astype(self.values.dtype)
+        packed_keys, packed_values = self._packed(keys), self._packed(values)
         by_number = jnp.broadcast_to(positions[:, None, None], keys.shape)
         by_row = jnp.broadcast_to(positions[:, None], values.shape[:2])
-        return ContiguousCache(
-            jax.vmap(jax.vmap(jax.vmap(_put)))(self.keys, keys, by_number),
-            jax.vmap(jax.vmap(_put))(self.values, values, by_row),
+        put_lines = jax.vmap(jax.vmap(_put))
+
+        def put_scales(cache: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+            return None if cache is None or new is None else put_lines(cache, new, by_row)
+
+        return replace(
+            self,
+            keys=jax.vmap(jax.vmap(jax.vmap(_put)))(self.keys, packed_keys.numbers, by_number),
+            values=put_lines(self.values, packed_values.numbers, by_row),
+            key_scales=put_scales(self.key_scales, packed_keys.scales),
+            value_scales=put_scales(self.value_scales, packed_values.scales),
         )
 
     def _attended(self, queries: jax.Array, positions: jax.Array) -> jax.Array:
         """Attention of ``queries [B, N, H]`` over positions 0 to ``positions [B]``, as ``[B, N, H]``."""
         batch, heads, head_dim = queries.shape
         groups = self.keys.shape[1]
-        rows = (queries * head_dim**-0.5).astype(self.keys.dtype).reshape(batch, groups, heads // groups, head_dim)
-        scores = jnp.einsum("bkgh,bkhs->bkgs", rows, self.keys, preferred_element_type=jnp.float32)
+        dtype = self.keys.dtype if self.format is None else queries.dtype
+        rows = (queries * head_dim**-0.5).astype(dtype).reshape(batch, groups, heads // groups, head_dim)
+        scores = jnp.einsum("bkgh,bkhs->bkgs", rows, widened(self.keys, dtype), preferred_element_type=jnp.float32)
+        if self.key_scales is not None:
+            scores *= self.key_scales[:, :, None]
         seen = jnp.arange(self.keys.shape[3]) <= positions[:, None]  # [B, S]
         weights = jax.nn.softmax(jnp.where(seen[:, None, None, :], scores, -jnp.inf), axis=-1)
+        if self.value_scales is not None:
+            weights *= self.value_scales[:, :, None]
         mixed = jnp.einsum(
-            "bkgs,bksh->bkgh", weights.astype(self.values.dtype), self.values, preferred_element_type=jnp.float32
+            "bkgs,bksh->bkgh", weights.astype(dtype), widened(self.values, dtype), preferred_element_type=jnp.float32
         )
         return mixed.reshape(batch, heads, head_dim).astype(queries.dtype)
+
+
+def _with_first_scales(cache: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+    """``cache [B, K, S]`` with ``new [B, T, K]`` at its first positions."""
+    return None if cache is None or new is None else _with_first(cache, new.transpose(0, 2, 1), SCALE_AXES)
 
 
 def _with_first(cache: jax.Array, new: jax.Array, axes: Axes) -> jax.Array:
@@ -116,7 +147,7 @@ def _with_first(cache: jax.Array, new: jax.Array, axes: Axes) -> jax.Array:
     size, scope = cache.shape[position], current_scope()
     shape = {} if scope is None else {str(name): int(parts) for name, parts in scope[1].shape.items()}
     if scope is None or not scope[0].of_activations.split(KEY_SEQ, size, shape):
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(cache, new, (0,) * cache.ndim)
     # Where positions are split, parts of the new ones are no parts of the cache. An update in place would bring
     # together both; so only the new ones are, and every device takes what falls into its part.
     whole = constrain(new, *(None if axis == KEY_SEQ else axis for axis in axes))
@@ -195,4 +226,12 @@ def _attend_block(rows: jax.Array, keys: jax.Array, values: jax.Array, start: in
     return jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-__all__ = ["KEY_AXES", "VALUE_AXES", "ContiguousCache", "LayerCache", "causal_attention", "segment_attention"]
+__all__ = [
+    "KEY_AXES",
+    "SCALE_AXES",
+    "VALUE_AXES",
+    "ContiguousCache",
+    "LayerCache",
+    "causal_attention",
+    "segment_attention",
+]

@@ -102,9 +102,11 @@ class Family:
         sizes: Any = config
         return int(2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * np.dtype(dtype).itemsize)
 
-    def phases(self, config: ModelConfig, input_len: int, output_len: int, dtype: Any) -> tuple[Phase, ...]:
+    def phases(
+        self, config: ModelConfig, input_len: int, output_len: int, dtype: Any, cache_dtype: str = "auto"
+    ) -> tuple[Phase, ...]:
         """The kinds of steps of a model that generates; none for a model that takes one."""
-        return decoder_phases(config, input_len, output_len, dtype) if self.task == "generate" else ()
+        return decoder_phases(config, input_len, output_len, dtype, cache_dtype) if self.task == "generate" else ()
 
     def context_len(self, config: ModelConfig) -> int | None:
         """The longest row that a model of text takes; None where rows have no length."""

@@ -416,13 +416,14 @@ class Engine:
 
     @property
     def dtype(self) -> Any:
-        """The dtype that a zoo model computes in; of other models the dtype of most of the weights' bytes."""
+        """The dtype that a zoo model computes in; of others that of most of the weights' bytes, small numbers aside."""
         if self._opened is not None:
             return self._opened.dtype
         sizes: dict[Any, int] = {}
         for weight in self.params.values():
             sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        wide = [dtype for dtype in sizes if dtype.itemsize > 1] or [*sizes]
+        return max(wide, key=lambda dtype: sizes[dtype])
 
     def memory(self) -> MemoryUse:
         """Bytes that each device holds: weights, and the scratch memory of the hungriest program compiled so far."""

@@ -72,7 +72,7 @@ class DescribedModel:
 
     def phases(self, traffic: Workload) -> tuple[Phase, ...]:
         """The kinds of steps that this model takes for such traffic; none where it takes one."""
-        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, self.dtype)
+        return self.family.phases(self.config, traffic.size(SEQ), traffic.output_len, self.dtype, traffic.cache_dtype)
 
     def shallow(self, traffic: Workload) -> Shallow | None:
         """The same model with few layers, where it has so many that tracing all of them takes long."""

@@ -97,6 +97,7 @@ def verify_plan(
     batch: int = 8,
     length: int | None = None,
     output: int | None = None,
+    cache_dtype: str = "auto",
 ) -> Verification:
     """Compile a plan's programs with abstract weights and compare communication and memory.
 
@@ -107,6 +108,7 @@ def verify_plan(
         batch: as for ``plan``; a plan for throughput is compiled with the rows that it chose.
         length: as for ``plan``.
         output: as for ``plan``.
+        cache_dtype: as for ``plan``.
 
     Raises:
         PlanError: the plan has too many devices, or splits the model by layers.
@@ -122,6 +124,7 @@ def verify_plan(
         "rows": plan.chosen.rows or batch,
         "length": length,
         "output": output,
+        "cache_dtype": cache_dtype,
         "mesh": str(plan.mesh),
         "kind": plan.cluster.device.name,
         "hosts": plan.cluster.hosts if plan.mesh.size == plan.cluster.count else 1,
@@ -178,7 +181,12 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
     mesh = MeshSpec.parse(job["mesh"])
     cluster = parse_cluster(f"{mesh.size}x{job['kind']}", job["hosts"])
     described = describe(job["model"], job["dtype"], cluster)
-    asked = Workload(job["rows"], {SEQ: job["length"] or DEFAULT_SIZE}, job["output"] or DEFAULT_OUTPUT)
+    asked = Workload(
+        job["rows"],
+        {SEQ: job["length"] or DEFAULT_SIZE},
+        job["output"] or DEFAULT_OUTPUT,
+        cache_dtype=job["cache_dtype"],
+    )
     workload = described.workload(asked)
     phases = described.phases(workload) or (Phase("infer", None, described.inputs),)
     reports = []

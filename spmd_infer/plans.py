@@ -37,6 +37,7 @@ def plan(
     itl_limit: float | None = None,
     mesh: str | MeshSpec = "auto",
     dtype: Any = None,
+    cache_dtype: str = "auto",
     example: Any = None,
     inputs: Any = None,
     rules: AxisRules | None = None,
@@ -57,6 +58,8 @@ def plan(
         itl_limit: seconds between tokens that no plan may exceed.
         mesh: ``"auto"``, or a mesh to judge.
         dtype: as for ``Engine.load``; or ``int8``, ``fp8``, ``int4`` for quantised projections, as its ``quantize``.
+        cache_dtype: what the cache holds, for models that generate: ``auto`` for the weights' floats, or as
+            ``GenerationOptions`` takes it.
         example: a batch of a model of your own, from which its inputs are learnt.
         inputs: a pytree of ``InputSpec`` instead.
         rules: where logical axes go.
@@ -72,6 +75,7 @@ def plan(
         objective=objective,
         ttft_limit=ttft_limit,
         itl_limit=itl_limit,
+        cache_dtype=cache_dtype,
     )
     spec = None if mesh == "auto" else MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh
     if isinstance(model, str | Path):

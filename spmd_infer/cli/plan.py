@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from spmd_infer.cli.exit_codes import NO_LAYOUT
-from spmd_infer.cli.options import Debug, Dtype, Json, Mesh, note, print_json
+from spmd_infer.cli.options import CacheDtype, Debug, Dtype, Json, Mesh, note, print_json
 
 
 class Aim(StrEnum):
@@ -63,6 +63,7 @@ def plan(
     ] = None,
     mesh: Mesh = "auto",
     dtype: Dtype = None,
+    cache_dtype: CacheDtype = "auto",
     html: Annotated[
         Path | None,
         typer.Option(help="Also write the plan as a self-contained page.", dir_okay=False, show_default=False),
@@ -97,6 +98,7 @@ def plan(
         itl_limit=itl,
         mesh=mesh,
         dtype=dtype,
+        cache_dtype=cache_dtype,
     )
     gc.enable()
     if html is not None:
@@ -109,7 +111,9 @@ def plan(
         from spmd_infer.plan_verification import verify_plan
 
         note(f"compiling for {made.mesh.size} simulated devices")
-        found = verify_plan(made, model, dtype=dtype, batch=batch, length=length, output=output)
+        found = verify_plan(
+            made, model, dtype=dtype, batch=batch, length=length, output=output, cache_dtype=cache_dtype
+        )
     if as_json:
         verified = {} if found is None else {"verification": found.as_dict()}
         print_json({**made.to_dict(), **verified})

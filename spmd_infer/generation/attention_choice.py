@@ -77,17 +77,18 @@ class AttentionChoice:
         way = self.of_pages(view.tables.shape[1], view.owners.shape[1], width)
         return replace(view, way=way, tables=view.tables[..., :width] if way == GATHERED else view.tables)
 
-    def of_pages(self, rows: int, pages: int, width: int) -> str:
+    def of_pages(self, rows: int, pages: int, width: int, *, among_all: bool = False) -> str:
         """The way to attend over pages, one of ``page_attention.WAYS``, for a token of each row.
 
         Args:
             rows: rows of each part.
             pages: pages of each part's pool.
             width: pages of a row, at most.
+            among_all: measure even where one is known to be best.
         """
         ways: Mapping[str, Callable[..., jax.Array]] = WAYS
         if self._on_cpu:
-            few = pages >= _LARGE_POOL and _FEWER * rows * width <= pages
+            few = among_all or (pages >= _LARGE_POOL and _FEWER * rows * width <= pages)
             ways = {way: WAYS[way] for way in ((IN_PLACE, GATHERED) if few else (IN_PLACE,))}
         return self._fastest(ways, ("pages", rows, pages, width), lambda: self._pages(rows, pages, width))
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -28,6 +29,10 @@ class Answer(msgspec.Struct, frozen=True):
     def encoded(self) -> bytes:
         """As JSON."""
         return msgspec.json.encode(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return msgspec.structs.asdict(self)
 
     @classmethod
     def decoded(cls, text: bytes) -> Answer:
@@ -63,6 +68,10 @@ class KeptAnswers:
             Path(name).replace(self._file)
         except OSError:
             return
+
+    def all(self) -> dict[str, Answer]:
+        """Every answer that is kept, by what it is an answer to."""
+        return self._read()
 
     def _read(self) -> dict[str, Answer]:
         if self._file is None or problem_of(self._file.parent) is not None:

@@ -29,6 +29,7 @@ class Workload:
         rows: batch size, or concurrent requests.
         sizes: size of each other varying input dimension, such as ``{"seq": 128}``.
         output_len: tokens that each request of a model that generates asks for.
+        cache_dtype: what the cache of a model that generates holds, as ``GenerationOptions`` takes it.
         objective: ``latency`` takes the plan that is done with these rows first; ``throughput`` the one with most rows
             a second when each plan takes as many rows as it has memory for; ``cost`` the one with least device time a
             row, which may use fewer devices than there are.
@@ -42,6 +43,7 @@ class Workload:
     objective: Objective = "latency"
     ttft_limit: float | None = None
     itl_limit: float | None = None
+    cache_dtype: str = "auto"
 
     def size(self, name: str) -> int:
         """The size of a varying dimension besides the batch."""

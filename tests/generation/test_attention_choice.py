@@ -34,7 +34,7 @@ def test_candidates_run_on_real_shapes_once(tmp_path: Path, mesh: str, name: str
     file, fmt = tmp_path / "attention.json", CacheFormat.of(name, "cpu", np.float32)
     first = choice(file, mesh, fmt)
     way = first.of_pages(1, 256, 4)
-    (key, answer), *others = KeptAnswers(file)._read().items()
+    (key, answer), *others = KeptAnswers(file).all().items()
     assert not others
     assert answer.way == way
     assert set(answer.milliseconds) == {IN_PLACE, GATHERED}
@@ -78,7 +78,7 @@ def test_a_way_that_is_wrong_or_fails_is_left_out(tmp_path: Path, monkeypatch: p
     used = choice(file)
     ways = {IN_PLACE: slower, "wrong": wrong, "failing": failing, "right": attend_in_place}
     assert used._fastest(ways, ("pages", 1, 9, 3), lambda: used._pages(1, 9, 3)) == "right"
-    (answer,) = KeptAnswers(file)._read().values()
+    (answer,) = KeptAnswers(file).all().values()
     assert answer.left_out == {"wrong": "results differ by 0.1 of the largest", "failing": "no kernel for 5 arrays"}
     assert answer.milliseconds["right"] < answer.milliseconds[IN_PLACE]
     # One that is no faster is not taken.

@@ -14,6 +14,7 @@ from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, page_bytes
 from spmd_infer.models.attention import ContiguousCache, causal_attention
 from spmd_infer.models.cache_formats import CacheFormat, Packed, restored
 from spmd_infer.models.llama import Config
+from spmd_infer.plans import plan
 
 FORMATS = ("float32", "bfloat16", "int8", "fp8")
 SMOLLM2 = Config(49152, 576, 1536, 30, 9, 3, 64, 8192)
@@ -150,3 +151,35 @@ def test_what_a_format_loses(name: str, most: float) -> None:
     reach = np.abs(values) if name != "int8" else np.abs(values).max(-1, keepdims=True)
     small = np.abs(values).max(-1, keepdims=True) / 448 * 2**-9  # half the smallest step of float8
     assert (lost <= most * reach * 1.001 + (small if name == "fp8" else 0)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "bfloat16"])
+def test_a_contiguous_cache_of_small_numbers_gives_back_what_they_hold(name: str) -> None:
+    fmt = CacheFormat.of(name, "gpu", np.float32)
+    queries, keys, values = map(jnp.asarray, random_heads(6, 2, 12))
+    scales = jnp.zeros((3, 2, 16)) if fmt.scaled else None
+    cache = ContiguousCache(
+        jnp.zeros((3, 2, 8, 16), fmt.dtype), jnp.zeros((3, 2, 16, 8), fmt.dtype), scales, scales, fmt
+    )
+    _, cache = cache.attend(queries[:, :8], keys[:, :8], values[:, :8], jnp.arange(8)[None])
+    expected = numpy_attention(*(np.asarray(x) for x in (queries, fmt_back(fmt, keys), fmt_back(fmt, values))))
+    for at in range(8, 12):
+        here = slice(at, at + 1)
+        mixed, cache = cache.attend(queries[:, here], keys[:, here], values[:, here], jnp.full((3, 1), at))
+        np.testing.assert_allclose(mixed[:, 0], expected[:, at], atol=1e-5)
+
+
+def fmt_back(fmt: CacheFormat, values: jax.Array) -> jax.Array:
+    return fmt.rounded(values, fmt.pack(values))
+
+
+def test_plans_count_small_numbers_and_their_scales() -> None:
+    heads, positions, rows = 2 * 32 * 8, 2000 + 200, 64
+    bytes_of = {
+        name: plan(
+            "llama-3.1-8b", devices="1xH100", batch=rows, length=2000, output=200, cache_dtype=name
+        ).chosen.memory.cache
+        for name in ("auto", "int8", "fp8")
+    }
+    assert bytes_of["auto"] == rows * positions * heads * 128 * 2
+    assert bytes_of["int8"] == bytes_of["fp8"] == rows * positions * heads * (128 + 4)

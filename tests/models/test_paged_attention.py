@@ -240,7 +240,9 @@ SIZES_OF_ROWS: dict[str, tuple[int, ...]] = {"tables": (128,), "limits": (), "po
 
 
 def interpreter() -> Any:
-    """Pallas's interpreter of kernels for Mosaic GPU, which has no public name in every version."""
+    """Pallas's interpreter of kernels for Mosaic GPU, which has no public name in every version; None on such a GPU."""
+    if jax.default_backend() == "gpu":
+        return None
     public = getattr(plgpu, "InterpretParams", None)
     if public is None:
         public = import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams
