@@ -34,7 +34,7 @@ from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner, Results
 from spmd_infer.signature import Signature
 from spmd_infer.staging import base_axes, base_function
-from spmd_infer.task_table import KeepsArrays, find_task
+from spmd_infer.task_table import KeepsArrays, find_task, needs_family
 from spmd_infer.tensors import Axes
 from spmd_infer.transfer import put
 
@@ -441,7 +441,7 @@ class Engine:
         """
         if name not in self._tasks or options is not None:
             task = find_task(name)
-            if self.family is None or self.family.task != name:
+            if needs_family(name) and (self.family is None or self.family.task != name):
                 what = (
                     f"{self.family.name} models offer {self.family.task!r}"
                     if self.family

@@ -10,7 +10,9 @@
     ├── CheckpointError        a file that is damaged, incomplete or not what it says
     │   └── UnknownFormatError …or in a format that no reader handles
     ├── TaskError              a task that the loaded model does not offer, or bad task options
-    └── ClusterError           processes that cannot form, or keep up, one job
+    ├── ClusterError           processes that cannot form, or keep up, one job
+    └── JobError               an offline job that cannot begin or go on
+        └── JobHeldError       …because another process runs it
 
 ``BatchError`` and ``TaskError`` are ``ValueError`` too, so that callers who know nothing of this package catch them
 where they would expect to.
@@ -69,3 +71,11 @@ class TaskError(SpmdInferError, ValueError):
 
 class ClusterError(SpmdInferError):
     """Processes that cannot form one job, do not agree, or were told something else than they expected."""
+
+
+class JobError(SpmdInferError):
+    """An offline job that cannot begin or go on: other options than before, changed input, a full disk."""
+
+
+class JobHeldError(JobError):
+    """An offline job that another process runs."""

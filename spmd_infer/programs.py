@@ -142,6 +142,10 @@ class Programs:
             from spmd_infer.multihost.compiling import compile_together
 
             compiled = compile_together(lowered, name, lowered.in_avals, mesh.devices.flat[0].platform)
+        elif jax.process_count() > 1:
+            from spmd_infer.multihost.compiling import compile_apart
+
+            compiled = compile_apart(lowered)
         else:
             compiled = lowered.compile()
         return Program(name, compiled, time.perf_counter() - started)

@@ -18,7 +18,7 @@ def progress(label: str, total: int, *, quiet: bool = False, unit: str = "") -> 
         label: what is being done.
         total: how many steps there are.
         quiet: show nothing at all.
-        unit: ``"B"`` where the steps are bytes: rate and time left are shown then.
+        unit: what the steps are, such as ``"tokens"``, or ``"B"`` for bytes: rate and time left are shown then.
 
     Yields:
         ``advance(steps)``.
@@ -27,7 +27,22 @@ def progress(label: str, total: int, *, quiet: bool = False, unit: str = "") -> 
         yield lambda steps: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{unit}, {task.speed:,.0f} {unit}/s" if task.speed is not None else unit)
 
     started = time.monotonic()
     if not sys.stderr.isatty():
@@ -44,18 +59,15 @@ def progress(label: str, total: int, *, quiet: bool = False, unit: str = "") -> 
             if unit:
                 rate = done / elapsed
                 left = f"{(total - done) / rate:.0f} s left" if rate else "time left unknown"
-                text = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left}"
+                text = f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s, {left}"
+                if unit == "B":
+                    text = f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, {left}"
             print(text, file=sys.stderr, flush=True)
 
         yield line
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    counts = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), Rate())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*(columns if unit else ()), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, visible=False)
 

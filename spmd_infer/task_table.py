@@ -19,6 +19,11 @@ _OWN = {
 }
 
 
+def needs_family(name: str) -> bool:
+    """Whether a task answers only for families that name it; those of other packages see for themselves."""
+    return name in _OWN
+
+
 @runtime_checkable
 class KeepsArrays(Protocol):
     """A task with arrays of its own on the devices."""

@@ -11,6 +11,7 @@ import typer
 
 from spmd_infer import __version__
 from spmd_infer.cli import (
+    batch,
     bench,
     convert,
     doctor,
@@ -26,9 +27,9 @@ from spmd_infer.cli import (
 )
 from spmd_infer.cli import eval as evaluation
 from spmd_infer.cli.configuration import read_configuration
-from spmd_infer.cli.exit_codes import NO_LAYOUT, REFUSED_INPUT, UNUSABLE_MODEL
+from spmd_infer.cli.exit_codes import REFUSED_INPUT, exit_code
 from spmd_infer.cli.options import DEBUG_VARIABLE
-from spmd_infer.errors import AxisError, BatchError, MeshError, PlanError, SpmdInferError, TaskError
+from spmd_infer.errors import SpmdInferError
 
 HELP = """Run JAX and Flax models sharded over a mesh of devices.
 
@@ -41,8 +42,9 @@ default.
 Exit codes: 0 done; 1 an error of this program, with its traceback; 2 wrong command line or configuration; 3 the
 checkpoint or model cannot be used; 4 the input is refused, or a file cannot be
 read or written; 5 no mesh or plan works, the model does not fit, or plan --verify
-found a difference; 6 doctor or verify found a problem, or diff a difference; 130
-interrupted. Ranks of a job have 70, 75 and 143 besides: see launch --help.
+found a difference; 6 doctor or verify found a problem, or diff a difference; 7, 8 and
+9 see batch --help; 130 interrupted. Ranks of a job have 70, 75 and 143 besides: see
+launch --help.
 """
 
 app = typer.Typer(
@@ -52,6 +54,7 @@ app.command("infer")(infer.infer)
 app.command("generate")(generate.generate)
 app.command("embed")(sentences.embed)
 app.command("classify")(images.classify)
+app.command("batch")(batch.batch)
 app.command("plan")(plan.plan)
 app.command("convert")(convert.convert)
 app.command("reshard")(reshard.reshard)
@@ -84,15 +87,6 @@ def options(
     """Options that stand before the verb."""
     if config is not None:
         ctx.default_map = read_configuration(config, ctx)
-
-
-def exit_code(error: SpmdInferError) -> int:
-    """The exit code that tells a script what kind of error this was."""
-    if isinstance(error, MeshError | AxisError | PlanError):
-        return NO_LAYOUT
-    if isinstance(error, BatchError | TaskError):
-        return REFUSED_INPUT
-    return UNUSABLE_MODEL
 
 
 def main() -> None:

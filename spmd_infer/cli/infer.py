@@ -60,6 +60,8 @@ def infer(
     if output is not None and output.suffix != ".npz":
         raise typer.BadParameter(f"{output} must end in .npz", param_hint="--output")
     engine = load(model, mesh, devices, dtype, verify=verify, quiet=as_json)
+    from spmd_infer.jobs.infer_rows import flatten
+
     inputs = read_batch(batch, engine)
     begin = time.perf_counter()
     results = flatten(engine.infer(inputs))
@@ -91,27 +93,9 @@ def read_batch(path: Path, engine: Engine) -> dict[str, Array]:
                 return {name: loaded[name] for name in loaded.files}
     except (ValueError, EOFError) as error:
         raise BatchError(f"{path} does not hold plain arrays in NumPy's .npz or .npy format: {error}") from error
-    assert engine.family is not None
-    assert engine.config is not None
-    inputs = engine.family.input_spec(engine.config)
-    needed = [name for name, spec in inputs.items() if spec.required]
-    if len(needed) != 1:
-        raise BatchError(
-            f"{path} holds one array, but the model needs {len(needed)} inputs: {', '.join(needed)}; "
-            "give a .npz file with an array of each name"
-        )
-    return {needed[0]: loaded}
+    from spmd_infer.jobs.infer_rows import only_input
 
-
-def flatten(tree: Any) -> dict[str, Array]:
-    """The arrays of a result by the path that leads to them; ``output`` where the result is one array."""
-    import jax
-    import numpy as np
-
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".") or "output": np.asarray(leaf) for path, leaf in leaves
-    }
+    return {only_input(engine, str(path)): loaded}
 
 
 def write_npz(path: Path, arrays: dict[str, Array]) -> None:

@@ -98,9 +98,7 @@ def use_devices(count: int | None) -> None:
     """
     if count is None:
         return
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
-    os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={count}"])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    ask_for_devices(count)
     import jax
 
     found = jax.devices()
@@ -109,6 +107,13 @@ def use_devices(count: int | None) -> None:
             f"cannot simulate {count} devices: JAX runs already with {len(found)} {found[0].platform} devices in this "
             "process; run the command in a process of its own"
         )
+
+
+def ask_for_devices(count: int) -> None:
+    """Have JAX simulate ``count`` devices when it starts, in each process of a job."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={count}"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def load(

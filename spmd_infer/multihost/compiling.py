@@ -76,6 +76,12 @@ def compile_together(lowered: jax.stages.Lowered, name: str, shapes: Any, platfo
     return in_turn(job, lowered, f"{name} {hashlib.sha256(str(shapes).encode()).hexdigest()}")
 
 
+def compile_apart(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile a program of this process's own devices; it too is kept for the next start."""
+    with _as_writer():
+        return lowered.compile()
+
+
 def in_turn(job: Job, lowered: jax.stages.Lowered, identity: str) -> jax.stages.Compiled:
     """Rank 0 compiles first; the others begin when it has."""
     client: Any = distributed.global_state.client

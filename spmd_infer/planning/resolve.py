@@ -23,7 +23,10 @@ from spmd_infer.planning.workload import Workload
 from spmd_infer.staging import for_stages
 
 MeshLike = str | MeshSpec | MeshPlan | Mesh
-"""``"auto"``, ``"data=2,model=4"``, the same parsed, a plan, or a mesh."""
+"""``"auto"``, ``"data=2,model=4"``, the same parsed, a plan, or a mesh. With ``LOCAL`` before a text it is a mesh of
+this process's own devices, and each process of a job has an engine to itself."""
+
+LOCAL = "local:"
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,16 @@ def resolve_mesh(mesh: MeshLike, request: PlanRequest) -> tuple[MeshPlan, Mesh]:
             return _on_these(mesh, found_cluster(list(built.devices.flat))), built
         request = replace(request, rules=request.rules or mesh.rules)
         mesh = mesh.mesh
+    devices = jax.devices()
+    if isinstance(mesh, str) and mesh.startswith(LOCAL):
+        mesh, devices = mesh.removeprefix(LOCAL), jax.local_devices()
     if isinstance(mesh, str) and mesh == "auto":
-        plan = request.plan(found_cluster(jax.devices()))
-        return plan, plan.build()
+        plan = request.plan(found_cluster(devices))
+        return plan, plan.build(devices)
     if isinstance(mesh, Mesh):
         built = auto_mesh(mesh)
     else:
-        built = (MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh).build()
+        built = (MeshSpec.parse(mesh) if isinstance(mesh, str) else mesh).build(devices)
     return request.plan(found_cluster(list(built.devices.flat)), spec_of(built)), built
 
 

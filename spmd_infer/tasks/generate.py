@@ -111,6 +111,14 @@ class Generate:
             for found, (_, own) in zip(searched, checked, strict=True)
         ]
 
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """Refuse a prompt that cannot be continued, without continuing it.
+
+        Raises:
+            TaskError: as when called.
+        """
+        self._checked([prompt], params, chat=False)
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
         """Continue one prompt, piece by piece. Closing the iterator cancels the request.
 

@@ -77,17 +77,24 @@ def state_of(job: str, env: dict[str, str]) -> str:
 
 
 def sbatch(conf: str, folder: Path, fault: str, restarts: int, seconds: float) -> str:
-    """Submit the script, wait until the job has left the queue; returns its output."""
-    script, output = folder / "program.py", folder / "output"
+    """Submit the program, wait until the job has left the queue; returns its output."""
+    script = folder / "program.py"
     script.write_text(PROGRAM)
+    return submitted(conf, folder, [sys.executable, str(script), fault, str(folder / "marks")], restarts, seconds)
+
+
+def submitted(conf: str, folder: Path, command: list[str], restarts: int, seconds: float, **more: str) -> str:
+    """Submit a command, wait until the job has left the queue; returns its output."""
+    output = folder / "output"
     env = clean_environment(
         SLURM_CONF=conf,
         SPMD_INFER_MAX_RESTARTS=str(restarts),
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        **more,
     )
     submit = ["sbatch", "--parsable", "--nodes=2", "--export=ALL", "-o", output, LAUNCH / "slurm.sbatch"]
     job = subprocess.run(
-        [*map(str, submit), sys.executable, str(script), fault, str(folder / "marks")],
+        [*map(str, submit), *command],
         env=env, capture_output=True, text=True, timeout=30, check=True,
     ).stdout.strip()  # fmt: skip
     deadline = time.monotonic() + seconds
