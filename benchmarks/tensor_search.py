@@ -33,6 +33,8 @@ RNG = np.random.default_rng(0)
 
 
 class MLP(nnx.Module):
+    """Products of one shape in a row: nothing in the shapes says which are the inner ones."""
+
     def __init__(self, width: int = 1024, depth: int = 6) -> None:
         rngs = nnx.Rngs(0)
         self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(depth)])
@@ -44,6 +46,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+    """Attention and a feed-forward block, as anybody would write them."""
+
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.norm, self.norm_mlp = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)

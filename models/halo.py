@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from spmd_infer.axes import BATCH, HEIGHT, WIDTH, current_scope
+from spmd_infer.axes import BATCH, HEIGHT, WIDTH, current_scope, mark_window
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after the rows, and before and after the columns."""
@@ -37,6 +37,8 @@ def convolve(
     """A convolution with TensorFlow's "SAME" padding, however the image is split in the current scope.
 
     A dimension of the image is split where every device gets as many outputs and no halo is larger than a part.
+    Otherwise it is brought together first: left to itself, XLA cuts it unevenly and exchanges pieces for every place
+    of the window.
 
     Args:
         compute: the convolution itself; it may see parts of the images and of the channels.
@@ -55,6 +57,11 @@ def convolve(
     padding = same_padding(sizes[0], window, stride), same_padding(sizes[1], window, stride)
     scope = current_scope()
     if scope is None:
+        if depthwise:  # a convolution proper says so itself
+            reaches = zip(padding, (1, 2), strict=True)
+            x = mark_window(
+                x, tuple((d, before, max(0, window - stride - before), stride) for (before, _), d in reaches)
+            )
         return compute(x, weight, padding)
     rules, mesh = scope[0].of_activations, scope[1]
     shape = {str(name): int(size) for name, size in mesh.shape.items()}
@@ -67,8 +74,6 @@ def convolve(
     ]
     summed = () if depthwise else _free(rules.split(inputs, in_channels, shape), wished)
     made = _free(rules.split(outputs, out_channels, shape), {*wished, *summed})
-    if not any(spatial) and (depthwise or not (summed or made)):
-        return compute(x, weight, padding)  # XLA deals with uneven parts
     rows = _free(rules.split(BATCH, x.shape[0], shape), {*wished, *summed, *made})
 
     def on_part(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -246,6 +246,31 @@ def marked_axes(name: str) -> Axes | None:
     return tuple(axis or None for axis in name.removeprefix(MARK).split(","))
 
 
+WINDOW_MARK = "window: "
+"""How the operand of an operation over windows is marked in such a jaxpr: ``window: 1,1,1,1;2,1,1,1``."""
+
+Reaches = tuple[tuple[int, int, int, int], ...]
+"""``(dimension, places before, places after, stride)`` that windows reach beyond each part of a dimension."""
+
+
+def mark_window(x: jax.Array, reaches: Reaches) -> jax.Array:
+    """Leave in a jaxpr that is traced for planning how far windows over ``x`` reach; otherwise ``x`` as it is."""
+    if not _recording.get():
+        return x
+    from jax.ad_checkpoint import checkpoint_name
+
+    marked: jax.Array = checkpoint_name(x, WINDOW_MARK + ";".join(",".join(map(str, reach)) for reach in reaches))
+    return marked
+
+
+def marked_window(name: str) -> Reaches | None:
+    """The reaches that a name in a jaxpr carries; None where it is somebody else's name."""
+    if not name.startswith(WINDOW_MARK):
+        return None
+    rows = [tuple(map(int, row.split(","))) for row in name.removeprefix(WINDOW_MARK).split(";")]
+    return tuple((dimension, before, after, stride) for dimension, before, after, stride in rows)
+
+
 def current_scope() -> tuple[AxisRules, Mesh] | None:
     """The rules and mesh that the model is being traced for; None outside an engine."""
     return _scope.get()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from spmd_infer.planning.flow import Flow, Op
 from spmd_infer.planning.heap import Slot, heap_bytes
-from spmd_infer.planning.work import Product, Relabel
+from spmd_infer.planning.values import Product, Relabel, Window
 
 _MOST_READERS = 6
 """A value with more readers, such as an image that a depthwise convolution reads once for each place of its window, is
@@ -65,14 +65,14 @@ class _Assignment:
     _inlined: dict[int, dict[int, bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        found = [self.effects(op.item) if op.item is not None else Effect() for op in self.flow.ops]
+        found = [Effect() if isinstance(op.item, Window | None) else self.effects(op.item) for op in self.flow.ops]
         self._effects = found
         self._can_fuse = [_can_fuse(op, effect) for op, effect in zip(self.flow.ops, found, strict=True)]
         self._root: dict[int, int] = {}  # through constraints that are nothing
         self._maker: dict[int, int] = {}
         self._users: dict[int, list[int]] = defaultdict(list)
         for place, (op, effect) in enumerate(zip(self.flow.ops, found, strict=True)):
-            if op.kind == "constraint" and not effect.moves:
+            if op.kind in ("constraint", "window") and not effect.moves:
                 self._root[op.outputs[0]] = self._of(op.inputs[0]) if op.inputs else op.outputs[0]
                 continue
             for value in op.outputs:

@@ -1,7 +1,8 @@
 """What a step costs on a mesh: memory of the fullest device, and a roofline time with collectives.
 
-The time is ``max(arithmetic / peak rate, bytes / bandwidth) + collectives``; a ring all-reduce of B bytes over p
-devices moves ``2 (p - 1) / p * B`` per device, an all-gather half of that, and each starts with a latency.
+The time is ``max(arithmetic / peak rate, bytes / bandwidth) + collectives``, or the sum of all three on simulated
+devices, whose cores do not compute while they wait for memory; a ring all-reduce of B bytes over p devices moves
+``2 (p - 1) / p * B`` per device, an all-gather half of that, and each starts with a latency.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from spmd_infer.planning.buffers import Effect, peak_bytes
 from spmd_infer.planning.estimates import Memory, StepTime
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout
-from spmd_infer.planning.messages import Message, of_product, of_reduction, of_relabel
+from spmd_infer.planning.messages import Message, completion, of_product, of_reduction, of_relabel, of_window
 from spmd_infer.planning.splits import Splits
-from spmd_infer.planning.work import Product, Relabel, Value, Work
+from spmd_infer.planning.values import Product, Relabel, Value
+from spmd_infer.planning.windows import spelled_out
+from spmd_infer.planning.work import Work
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def cost_of(
         messages += of_reduction(reduction, splits)
     for relabel in work.relabels:
         messages += of_relabel(relabel, splits)
+    for window in work.windows:
+        messages += of_window(window, splits)
     talk = 0.0
     traffic: dict[tuple[str, tuple[str, ...]], Traffic] = {}
     for message in messages:
@@ -104,9 +109,8 @@ def cost_of(
         activations=_activations(work, splits, early_gathers=device.shared if early_gathers is None else early_gathers),
         inputs=sum(splits.device_bytes(value) for value in arrays),
     )
-    return MeshCost(
-        memory, StepTime(compute, moved / (device.bandwidth * device.bandwidth_efficiency / share), talk), traffic
-    )
+    reading = moved / (device.bandwidth * device.bandwidth_efficiency / share)
+    return MeshCost(memory, StepTime(compute, reading, talk, overlaps=not device.shared), traffic)
 
 
 def _activations(work: Work, splits: Splits, *, early_gathers: bool) -> int:
@@ -128,7 +132,8 @@ def _activations(work: Work, splits: Splits, *, early_gathers: bool) -> int:
             return splits.device_bytes(values[value])
         return size(inner) * values[value].nbytes // max(1, values[inner].nbytes)
 
-    return peak_bytes(work.flow, size, effects, early_gathers=early_gathers)
+    flow, size_of = spelled_out(work.flow, size, lambda window: completion(window, splits))
+    return peak_bytes(flow, size_of, effects, early_gathers=early_gathers)
 
 
 def _effect(item: Product | Relabel, splits: Splits) -> Effect:

@@ -43,19 +43,23 @@ class StepTime:
         memory: weights, cache and activations read at the device's bandwidth.
         collectives: communication that the layout needs.
         total_seconds: the whole, where the parts are sums over different steps.
+        overlaps: whether memory is read while something else is computed. The cores of simulated devices do both: a
+            weight that eight of them hold passes through the caches eight times, and nothing is computed meanwhile.
     """
 
     compute: float
     memory: float
     collectives: float
     total_seconds: float | None = None
+    overlaps: bool = True
 
     @property
     def total(self) -> float:
-        """Of one step: arithmetic and memory overlap, collectives are added. Of several: their sum."""
+        """Of one step: the longer of arithmetic and memory where they overlap, and collectives; of several the sum."""
         if self.total_seconds is not None:
             return self.total_seconds
-        return max(self.compute, self.memory) + self.collectives
+        worked = max(self.compute, self.memory) if self.overlaps else self.compute + self.memory
+        return worked + self.collectives
 
 
 @dataclass(frozen=True)

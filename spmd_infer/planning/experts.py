@@ -18,7 +18,6 @@ from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.experts import Experts, ExpertSizes
 from spmd_infer.planning.cost import MeshCost, Traffic
-from spmd_infer.planning.estimates import StepTime
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.parallel_costs import ExpertWork, expert_cost, expert_messages, expert_scratch
 
@@ -112,7 +111,12 @@ def with_experts(
     time, traffic, scratch = cost.time, dict(cost.collectives), 0
     for block in blocks:
         own = expert_cost(mesh, rules, block, cluster, dtype)
-        time = StepTime(time.compute + own.compute, time.memory + own.memory, time.collectives + own.collectives, None)
+        time = replace(
+            time,
+            compute=time.compute + own.compute,
+            memory=time.memory + own.memory,
+            collectives=time.collectives + own.collectives,
+        )
         for message in expert_messages(mesh, rules, block):
             known = traffic.get((message.kind, message.axes), Traffic())
             traffic[message.kind, message.axes] = Traffic(known.count + 1, known.nbytes + message.nbytes)

@@ -95,7 +95,8 @@ def _phases(candidate: Candidate) -> Iterator[str]:
     for phase in candidate.phases:
         time = phase.time
         times = f" x {phase.times}" if phase.times > 1 else ""
-        limits = f"max(compute {milliseconds(time.compute)}, memory {milliseconds(time.memory)})"
+        worked = f"compute {milliseconds(time.compute)}", f"memory {milliseconds(time.memory)}"
+        limits = f"max({', '.join(worked)})" if time.overlaps else " + ".join(worked)
         talk = f"collectives {milliseconds(time.collectives)} ({phase.collectives})"
         yield f"{phase.name}{times}: {milliseconds(time.total)} a step = {limits} + {talk}"
     if candidate.switch:

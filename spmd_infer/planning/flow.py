@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from spmd_infer.planning.work import Product, Relabel, Value
+from spmd_infer.planning.values import Product, Relabel, Value, Window
 
-Kind = Literal["cheap", "costly", "move", "spread", "reduce", "product", "constraint", "update", "call"]
+Kind = Literal[
+    "cheap", "costly", "move", "spread", "reduce", "product", "constraint", "window", "collective", "update", "call"
+]
 """What an operation is to a compiler that fuses.
 
 ``cheap`` and ``costly`` are elementwise; costly ones are not computed twice. A ``move`` takes its numbers from other
-places of its operand (slices, pads, transposes), ``spread`` repeats them. A ``constraint`` is nothing, or a collective.
+places of its operand (slices, pads, transposes), ``spread`` repeats them. A ``constraint`` is nothing, or a collective;
+a ``window`` likewise, or several.
 An ``update`` writes into its first operand. Anything unknown is a ``call``.
 """
 
@@ -107,7 +110,7 @@ class Op:
         kind: what a compiler makes of it.
         inputs: what it reads; literals and views of nothing are left out.
         outputs: what it makes.
-        item: the product or constraint that it is, of which one can tell what it communicates.
+        item: the product, constraint or window that it is, of which one can tell what it communicates.
         twice: whether computing it in several places costs no more than reading its result there.
         fuses: of a reduction, whether its operand is computed inside it.
         reshaped: those of the inputs that it reads under another shape than they were made with.
@@ -118,7 +121,7 @@ class Op:
     kind: Kind
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    item: Product | Relabel | None = None
+    item: Product | Relabel | Window | None = None
     twice: bool = False
     fuses: bool = False
     reshaped: frozenset[int] = frozenset()
@@ -145,7 +148,8 @@ class Flow:
         ops: the operations.
         given: numbers of values that the caller holds: weights and inputs.
         results: numbers of values that go to the caller and are not inputs updated in place.
-        padded: what those values pad that are padded: split images have their borders in every part.
+        padded: what those values pad that are padded: split images have their borders in every part, or the edges of
+            their neighbours instead.
     """
 
     values: tuple[Value, ...]
@@ -157,7 +161,9 @@ class Flow:
     def mapped(self, of_value: Callable[[Value], Value]) -> Flow:
         """The same flow of other values."""
 
-        def item(old: Product | Relabel | None) -> Product | Relabel | None:
+        def item(old: Product | Relabel | Window | None) -> Product | Relabel | Window | None:
+            if isinstance(old, Window):
+                return replace(old, value=of_value(old.value))
             if isinstance(old, Product):
                 return replace(old, left=of_value(old.left), right=of_value(old.right), out=of_value(old.out))
             return None if old is None else Relabel(of_value(old.before), of_value(old.after), old.times)

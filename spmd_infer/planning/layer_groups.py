@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from spmd_infer.planning.work import Relabel, Value, Work, merged, of_bare_weight, weight_label
+from spmd_infer.planning.values import Relabel, Value, of_bare_weight, weight_label
+from spmd_infer.planning.work import Work, merged
 
 Grouping = Callable[[Sequence[str]], dict[str, str]]
 """By path, the name of the group that it moves with."""
@@ -72,6 +73,7 @@ def renamed(work: Work, names: Mapping[str, str]) -> Work:
         ),
         reductions=merged([replace(r, value=value(r.value), out=value(r.out)) for r in work.reductions]),
         relabels=merged([Relabel(value(r.before), value(r.after), r.times) for r in work.relabels]),
+        windows=merged([replace(w, value=value(w.value)) for w in work.windows]),
         inputs=[value(v) for v in work.inputs],
         outputs=[value(v) for v in work.outputs],
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from spmd_infer.planning.splits import Splits
-from spmd_infer.planning.work import Product, Reduction, Relabel
+from spmd_infer.planning.values import Product, Reduction, Relabel, Window
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
     A summed dimension that is split leaves partial sums: an all-reduce of the result. A mesh axis that already splits
     the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other; keys and
     values that are split like the queries go around a ring instead. An operand that is split where the other one is
-    whole is gathered. A convolution over a split dimension fetches the rows that its window needs from its neighbours.
+    whole is gathered.
     """
     left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
     reduced: list[str] = []
@@ -54,12 +54,6 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
             yield Message("all-gather", (axis,), size, product.times, weight=product.right.weight)
         else:
             yield Message("collective-permute", (axis,), size, product.times * (splits.parts([axis]) - 1))
-    for dimension, before, after in product.halos:
-        for axis in left[dimension]:
-            row = splits.device_bytes(product.left) * splits.parts(left[dimension]) // product.left.shape[dimension]
-            for reach in (before, after):
-                if reach:
-                    yield Message("collective-permute", (axis,), row * reach, product.times)
     size = splits.device_bytes(product.left)
     for axis in dict.fromkeys(fetched):
         size *= splits.parts([axis])
@@ -84,6 +78,63 @@ def _of_split_lookup(
         yield Message("all-gather", others, found, product.times)
     size = splits.device_bytes(product.out) if others else found
     yield Message("all-to-all", tuple(sorted(width)), size, product.times)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a device needs of an operand over whose parts windows reach.
+
+    Attributes:
+        gathered: ``(mesh axis, bytes then)`` along which it is brought together, because its parts are uneven or
+            smaller than what windows reach.
+        edges: ``(mesh axis, bytes of each edge)`` of the dimensions whose parts are completed by their neighbours'
+            edges, one dimension after the other: later edges run along the earlier ones too.
+        shape: of the completed operand on the device.
+        completed: the dimensions that have the edges of their neighbours.
+    """
+
+    gathered: tuple[tuple[str, int], ...]
+    edges: tuple[tuple[str, tuple[int, ...]], ...]
+    shape: tuple[int, ...]
+    completed: frozenset[int]
+
+
+def completion(window: Window, splits: Splits) -> Completion:
+    """How the operand of an operation over windows is completed, as ``spmd_infer.models.halo`` does it."""
+    value, found = window.value, splits.of(window.value)
+    shape = [size // splits.parts(axes) for size, axes in zip(value.shape, found, strict=True)]
+    size = splits.device_bytes(value)
+    gathered: list[tuple[str, int]] = []
+    beside = []
+    for dimension, before, after, stride in window.reaches:
+        axes = found[dimension]
+        part = shape[dimension]
+        if not axes:
+            continue
+        if len(axes) == 1 and part % stride == 0 and max(before, after) <= part:
+            beside.append((dimension, axes[0], tuple(reach for reach in (before, after) if reach)))
+            continue
+        for axis in axes:
+            size *= splits.parts([axis])
+            gathered.append((axis, size))
+        shape[dimension] = value.shape[dimension]
+    edges = []
+    for dimension, axis, reaches in beside:
+        row = size // shape[dimension]
+        edges.append((axis, tuple(row * reach for reach in reaches)))
+        shape[dimension] += sum(reaches)
+        size += row * sum(reaches)
+    completed = frozenset(dimension for dimension, _, reaches in beside if reaches)
+    return Completion(tuple(gathered), tuple(edges), tuple(shape), completed)
+
+
+def of_window(window: Window, splits: Splits) -> Iterator[Message]:
+    """Edges from the neighbours, one collective-permute in each direction; or all-gathers."""
+    found = completion(window, splits)
+    for axis, size in found.gathered:
+        yield Message("all-gather", (axis,), size, window.times)
+    for axis, sizes in found.edges:
+        yield from (Message("collective-permute", (axis,), size, window.times) for size in sizes)
 
 
 def of_reduction(reduction: Reduction, splits: Splits) -> Iterator[Message]:

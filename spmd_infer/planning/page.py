@@ -143,7 +143,12 @@ def _times(plan: PlanOutcome) -> Iterator[str]:
         (phase.name + (f", {phase.times} of them" if phase.times > 1 else ""), phase.collectives, phase.time)
         for phase in chosen.phases
     ] or [("a step", chosen.collectives, chosen.time)]
-    yield ("<p>Arithmetic and reading of memory overlap, so the longer of the two counts; collectives come on top.</p>")
+    counts = (
+        "Arithmetic and reading of memory overlap, so the longer of the two counts"
+        if chosen.time.overlaps
+        else "Simulated devices compute or read memory, so both count"
+    )
+    yield f"<p>{counts}; collectives come on top.</p>"
     for name, collectives, time in steps:
         parts = _time_parts(time)
         yield f"<p><strong>{escape(name)}: {milliseconds(time.total)}</strong>; collectives: {escape(collectives)}</p>"

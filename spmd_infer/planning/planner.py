@@ -262,6 +262,7 @@ def _sum(estimates: Sequence[PhaseEstimate], switch: float) -> StepTime:
         memory=sum(e.times * e.time.memory for e in estimates),
         collectives=sum(e.times * e.time.collectives for e in estimates) + switch,
         total_seconds=sum(e.times * e.time.total for e in estimates) + switch,
+        overlaps=all(e.time.overlaps for e in estimates),
     )
 
 

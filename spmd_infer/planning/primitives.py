@@ -7,8 +7,8 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from spmd_infer.axes import BATCH, marked_axes
-from spmd_infer.planning.work import Labels, Product, Value
+from spmd_infer.axes import BATCH, Reaches, marked_axes
+from spmd_infer.planning.values import Labels, Product, Value
 
 
 def _dot(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ...], dtype: Any, times: int) -> Product:
@@ -34,17 +34,21 @@ def _conv(params: Mapping[str, Any], operands: list[Value], shape: tuple[int, ..
         labels[target] = left.labels[source] if position != 1 else right.labels[numbers.rhs_spec[0]]
     taps = prod(right.shape[d] for d in numbers.rhs_spec[1:])
     pairs = ((numbers.lhs_spec[1], numbers.rhs_spec[1]),) if groups == 1 else ()
-    halos = []
-    for dimension, window, stride, (before, _) in zip(
-        numbers.lhs_spec[2:],
-        (right.shape[d] for d in numbers.rhs_spec[2:]),
-        params["window_strides"],
-        params["padding"],
-        strict=True,
-    ):
-        halos.append((dimension, before, max(0, window - stride - before)))
     out = Value(shape, dtype, tuple(labels))
-    return Product(2.0 * prod(shape) * taps, left, right, out, pairs, times, halos=tuple(halos))
+    return Product(2.0 * prod(shape) * taps, left, right, out, pairs, times)
+
+
+def reaches_of(params: Mapping[str, Any], weight: Value) -> Reaches:
+    """How far a convolution's windows reach along the dimensions of its images; empty where they are single places."""
+    numbers = params["dimension_numbers"]
+    sizes = [weight.shape[d] for d in numbers.rhs_spec[2:]]
+    found = [
+        (dimension, before, max(0, size - stride - before), stride)
+        for dimension, size, stride, (before, _) in zip(
+            numbers.lhs_spec[2:], sizes, params["window_strides"], params["padding"], strict=True
+        )
+    ]
+    return tuple(found) if any(size > 1 for size in sizes) or any(stride > 1 for *_, stride in found) else ()
 
 
 def _gather(

@@ -7,7 +7,7 @@ from math import prod
 
 from spmd_infer.axes import ATTN_HEADS, ATTN_KV_HEADS, AxisRules, axis_tuple
 from spmd_infer.planning.layout import WeightLayout
-from spmd_infer.planning.work import Value, weight_label
+from spmd_infer.planning.values import Value, weight_label
 
 
 class Splits:
@@ -37,9 +37,21 @@ class Splits:
         for label, size in zip(value.labels, value.shape, strict=True):
             axes = self._own.get(label or "") or rules.split(label, size, self._mesh)
             axes = tuple(axis for axis in axes if axis not in used and size % self.parts(axes) == 0)
+            if not axes and label == ATTN_HEADS:
+                axes = tuple(axis for axis in self._split_groups(value, size, rules) if axis not in used)
             used.update(axes)
             found.append(axes)
         return found
+
+    def _split_groups(self, value: Value, size: int, rules: AxisRules) -> tuple[str, ...]:
+        """The mesh axes that split query heads which lie in groups, one for each key head, of which there are fewer.
+
+        A device then has a part of a group, although neither the groups nor what is in one divide.
+        """
+        heads = rules.units.get(ATTN_HEADS, size)
+        group = heads // size
+        beside = any(label is None and n == group for label, n in zip(value.labels, value.shape, strict=True))
+        return rules.split(ATTN_HEADS, heads, self._mesh) if size * group == heads and group > 1 and beside else ()
 
     def axes(self, value: Value) -> set[str]:
         """Every mesh axis that splits a value."""

@@ -15,7 +15,8 @@ from spmd_infer.planning.experts import SeenExperts, with_experts, without_exper
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.parallel_costs import ExpertWork
 from spmd_infer.planning.tracing import read_work
-from spmd_infer.planning.work import Value, Work, deeper
+from spmd_infer.planning.values import Value
+from spmd_infer.planning.work import Work, deeper
 from spmd_infer.planning.workload import Workload
 from spmd_infer.staging import without_layers
 

@@ -9,22 +9,12 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
-from spmd_infer.axes import marked_axes, recorded_constraints
+from spmd_infer.axes import Reaches, marked_axes, marked_window, recorded_constraints
 from spmd_infer.functional import ModelFunction
 from spmd_infer.planning.flow import FUSED_REDUCTION, Flow, Kind, Op, is_view, kind_of
-from spmd_infer.planning.primitives import PRODUCTS, is_flattened, labels_of, must_be_copied
-from spmd_infer.planning.work import (
-    Labels,
-    Product,
-    Reduction,
-    Relabel,
-    Value,
-    Work,
-    given_up,
-    merged,
-    weight_label,
-    written,
-)
+from spmd_infer.planning.primitives import PRODUCTS, is_flattened, labels_of, must_be_copied, reaches_of
+from spmd_infer.planning.values import Labels, Product, Reduction, Relabel, Value, Window, weight_label
+from spmd_infer.planning.work import Work, given_up, merged, written
 
 _SAME_VALUES = frozenset({"reshape", "squeeze", "convert_element_type", "copy", "transpose"})
 
@@ -96,6 +86,7 @@ class _Reader:
         self.work.products = merged(self.work.products)
         self.work.reductions = merged(self.work.reductions)
         self.work.relabels = merged(self.work.relabels)
+        self.work.windows = merged(self.work.windows)
         results = tuple(self._numbers[id(v)] for v in made if id(v) in self._numbers)
         self.work.flow = Flow(tuple(self._values), tuple(self._ops), self._given, results, self._padded)
 
@@ -109,10 +100,16 @@ class _Reader:
             return [Value((), "float32", ()) for _ in equation.outvars]
         if name in PRODUCTS:
             shape, dtype = outs[0]
+            if "window_strides" in params:
+                reaches = reaches_of(params, operands[1])
+                operands = [self._window(operands[0], reaches, times) if reaches else operands[0], operands[1]]
             product = PRODUCTS[name](params, operands, shape, dtype, times)
             self.work.products.append(product)
             self._product(product, params)
             return [product.out]
+        marked = marked_window(params["name"]) if name == "name" else None
+        if marked is not None:
+            return [self._window(operands[0], marked, times)]
         results = []
         for shape, dtype in outs:
             weight = name in _SAME_VALUES and bool(operands) and operands[0].weight
@@ -164,6 +161,13 @@ class _Reader:
             self.work.reductions.append(Reduction(operands[0], tuple(params["axes"]), out, times))
         else:
             self.work.relabels += given_up(operands, out, times)
+
+    def _window(self, operand: Value, reaches: Reaches, times: int) -> Value:
+        """The operand of an operation over windows, completed by what it needs of its neighbours."""
+        self.work.windows.append(Window(operand, reaches, times))
+        whole = replace(operand, weight=False)
+        self._op("window", (operand,), (whole,), item=Window(operand, reaches))
+        return whole
 
     def _product(self, product: Product, params: Mapping[str, Any]) -> None:
         """The flow of a product: operands whose dimensions lie in no order that it takes are copied first."""
@@ -217,7 +221,7 @@ class _Reader:
         operands: Sequence[Value],
         results: Sequence[Value],
         *,
-        item: Product | Relabel | None = None,
+        item: Product | Relabel | Window | None = None,
         twice: bool = False,
         fuses: bool = False,
         flat: Collection[int] = (),

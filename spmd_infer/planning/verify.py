@@ -25,7 +25,7 @@ from spmd_infer.planning.cost import Traffic, cost_of, is_cache
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import weight_layouts
 from spmd_infer.planning.tracing import read_work
-from spmd_infer.planning.work import Value
+from spmd_infer.planning.values import Value
 from spmd_infer.planning.workload import Workload
 from spmd_infer.tensors import InputSpec
 

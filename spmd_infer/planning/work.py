@@ -9,105 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from spmd_infer.planning.layout import nbytes
-
-if TYPE_CHECKING:
-    from spmd_infer.planning.flow import Flow
-
-Labels = tuple[str | None, ...]
-
-
-@dataclass(frozen=True)
-class Value:
-    """An intermediate result.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype.
-        labels: the label of each dimension.
-        weight: whether it is a weight, or a view of one.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    labels: Labels
-    weight: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole value."""
-        return nbytes(self.shape, self.dtype)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix product, convolution or table look-up.
-
-    Attributes:
-        flops: floating-point operations, a multiply-add as two.
-        left: the first operand.
-        right: the second operand; the table of a look-up.
-        out: the result.
-        summed_dimensions: ``(left dimension, right dimension)`` of each pair that is summed over; a look-up sums over
-            the table's rows, which the index has no dimension for.
-        times: how often it runs in one step.
-        lookup: whether it reads only some rows of its right operand.
-        batch_left: dimensions of the left operand that are not summed, and the same as one of the right.
-        batch_right: those of the right operand.
-        halos: ``(left dimension, rows before, rows after)`` that a convolution's window reaches beyond each place.
-    """
-
-    flops: float
-    left: Value
-    right: Value
-    out: Value
-    summed_dimensions: tuple[tuple[int | None, int], ...]
-    times: int = 1
-    lookup: bool = False
-    batch_left: tuple[int, ...] = ()
-    batch_right: tuple[int, ...] = ()
-    halos: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def summed_left(self) -> set[int | None]:
-        """Dimensions of the left operand that are summed over."""
-        return {left for left, _ in self.summed_dimensions}
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A sum, maximum or the like over dimensions of one value.
-
-    Attributes:
-        value: what is reduced.
-        dimensions: the dimensions that disappear.
-        out: the result.
-        times: how often it runs in one step.
-    """
-
-    value: Value
-    dimensions: tuple[int, ...]
-    out: Value
-    times: int = 1
-
-
-@dataclass(frozen=True)
-class Relabel:
-    """A constraint in the model: the same value, whose dimensions follow other rules from here on.
-
-    Attributes:
-        before: the value as it was computed.
-        after: the value as it is wanted.
-        times: how often it happens in one step.
-        into: what it is written into, if it is an update of something that stays: of a cache by a whole prompt.
-    """
-
-    before: Value
-    after: Value
-    times: int = 1
-    into: Value | None = None
+from spmd_infer.planning.flow import Flow
+from spmd_infer.planning.values import Product, Reduction, Relabel, Value, Window, of_bare_weight
 
 
 @dataclass
@@ -118,6 +23,7 @@ class Work:
         products: in the order of execution, equal ones as one with the sum of their times.
         reductions: likewise.
         relabels: likewise.
+        windows: likewise.
         flow: how values pass from one operation to the next; None where their memory is not asked for.
         inputs: the batch's arrays.
         outputs: the results, without those that are inputs updated in place.
@@ -126,6 +32,7 @@ class Work:
     products: list[Product] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     relabels: list[Relabel] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
     flow: Flow | None = None
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
@@ -134,16 +41,6 @@ class Work:
     def flops(self) -> float:
         """Floating-point operations of all products."""
         return sum(product.flops * product.times for product in self.products)
-
-
-def weight_label(path: str, dimension: int) -> str:
-    """The label of a dimension of a weight that names no axes."""
-    return f"{path}#{dimension}"
-
-
-def of_bare_weight(label: str | None) -> bool:
-    """Whether a label is that of a weight that names no axes."""
-    return label is not None and "#" in label
 
 
 def given_up(operands: Sequence[Value], out: Value, times: int = 1) -> list[Relabel]:
@@ -178,7 +75,7 @@ def written(whole: Value, part: Value) -> Relabel:
     return Relabel(part, replace(part, labels=labels), into=whole)
 
 
-_Repeated = TypeVar("_Repeated", Product, Reduction, Relabel)
+_Repeated = TypeVar("_Repeated", Product, Reduction, Relabel, Window)
 
 
 def merged(items: Sequence[_Repeated]) -> list[_Repeated]:
@@ -208,6 +105,7 @@ def deeper(two: Work, three: Work, num_layers: int) -> Work:
         products=lists("products"),
         reductions=lists("reductions"),
         relabels=lists("relabels"),
+        windows=lists("windows"),
         flow=two.flow,
         inputs=lists("inputs"),
         outputs=lists("outputs"),

@@ -109,14 +109,14 @@ def test_logits_of_larger_variants(variant: str, saved: Mapping[str, np.ndarray]
 
 
 def test_split_by_columns_of_the_image(saved: Mapping[str, np.ndarray]) -> None:
-    """Not a layout that anyone would choose for this model (a halo for each position of a kernel), but a right one."""
+    """An edge from each side for every convolution, until 15 columns do not divide: those are brought together once."""
     model = seeded_model("lite1")
     engine = Engine(model, mesh="seq=2", inputs=input_spec(Config.variant("lite1")), buckets=[1])
     assert relative_error(engine.infer({"image": noise(240, 1)}), saved["lite1"]) < TOLERANCE
     (program,) = engine.programs
     counted = Counter((each.kind, *each.axes(engine.mesh)) for each in collectives(program.compiled))
-    assert set(counted) == {("collective-permute", "seq"), ("all-reduce", "seq")}
-    assert counted["all-reduce", "seq"] == 1  # the mean over the image
+    assert counted.pop(("collective-permute", "seq")) < 2 * len(model.blocks)
+    assert counted == {("all-gather", "seq"): 1, ("all-reduce", "seq"): 1}  # the latter for the mean over the image
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

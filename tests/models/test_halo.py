@@ -64,6 +64,14 @@ def test_depthwise(name: str, window: int, stride: int) -> None:
     assert {kind for kind, _ in used} <= {"collective-permute"}
 
 
+def test_uneven_parts_are_brought_together_once() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 28, 28, 8)).astype(np.float32)
+    conv = DepthwiseConv(8, 5, stride=2, axis=MLP, rngs=nnx.Rngs(0))  # parts of 7 columns give no whole number of 14
+    found, used = on_mesh(conv, LAYOUTS["columns"], "seq=4,model=2", x, (MLP, MLP))
+    np.testing.assert_allclose(found, conv(x), atol=TOLERANCE)
+    assert used == {("all-gather", "seq"): 1}
+
+
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (2, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_parts_too_small_or_uneven(stride: int, height: int, width: int) -> None:

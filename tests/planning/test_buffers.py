@@ -8,7 +8,7 @@ from spmd_infer.functional import model_function
 from spmd_infer.planning.buffers import Effect, peak_bytes
 from spmd_infer.planning.heap import Slot, alive_bytes, heap_bytes
 from spmd_infer.planning.tracing import read_work
-from spmd_infer.planning.work import Product
+from spmd_infer.planning.values import Product
 
 SIDE = 64
 MATRIX = 4 * SIDE * SIDE

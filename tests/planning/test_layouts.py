@@ -33,12 +33,10 @@ TOLERANCE = 1e-5
 # Where XLA's communication is not what the planner writes down, and why that is right. A difference that is not listed
 # fails.
 _KEYS = "the planner writes down a ring as if keys were gathered; the permutes are counted exactly below"
-_HALO = "halos of depthwise convolutions, which the planner does not see; they are counted in tests/models/test_halo.py"
 _GATHER = "XLA gathers some weights after it has cut them, and token ids for look-ups"
 REASONS = {
     ("ring", "all-gather", ("seq",)): _KEYS,
     ("ring", "collective-permute", ("seq",)): _KEYS,
-    **{(layout, "collective-permute", ("seq",)): _HALO for layout in ("columns", "blocks")},
     **{("gathered", "all-gather", axes): _GATHER for axes in (("data",), ("model",))},
 }
 

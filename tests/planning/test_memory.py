@@ -8,17 +8,6 @@ import pytest
 from benchmarks.memory import Case, cases, measure
 from spmd_infer.planning.verify import MEMORY_TOLERANCE
 
-# What is not planned to 10 %, and why. A case that has come right must leave the list.
-_UNEVEN = (
-    "14 and 7 rows or columns do not divide: XLA cuts them unevenly and exchanges parts for every place of a window"
-)
-KNOWN = {
-    **{("EfficientNet-Lite0 infer", layout, "seq=4"): _UNEVEN for layout in ("rows", "columns")},
-    ("EfficientNet-Lite0 infer", "blocks", "data=2,seq=2"): _UNEVEN,
-    ("EfficientNet-Lite0 infer", "blocks", "data=2,seq=2,model=2"): _UNEVEN,
-    ("CNN infer", "blocks", "data=2,seq=2,model=2"): "copies of parts with the edges of two neighbours",
-}
-
 
 def slow(case: Case) -> bool:
     """All meshes of a layout take minutes; the first one says most."""
@@ -28,9 +17,7 @@ def slow(case: Case) -> bool:
 
 def marks(case: Case) -> list[pytest.MarkDecorator]:
     """How a case is run."""
-    why = KNOWN.get((case.model, case.layout, case.mesh))
-    expected = [] if why is None else [pytest.mark.xfail(strict=True, reason=why)]
-    return [*expected, pytest.mark.slow] if slow(case) else expected
+    return [pytest.mark.slow] if slow(case) else []
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=marks(case)) for case in cases()])

@@ -48,6 +48,15 @@ def test_llama_70b_refuses_one_h100_and_says_what_would_fit() -> None:
     assert si.plan("llama-3.1-70b", devices="1xH200", batch=1, dtype="int8").mesh.size == 1
 
 
+def test_llama_405b_in_bfloat16_needs_two_hosts_of_h100_and_in_fp8_one() -> None:
+    # "The Llama 3 Herd of Models" (2024), section 6: 405B in BF16 does not fit 8 H100, and runs on 16 of two machines;
+    # quantised to FP8 it runs on the 8 of one.
+    with pytest.raises(DoesNotFitError):
+        si.plan("llama-3.1-405b", devices="8xH100", batch=1, length=4096, output=256)
+    assert si.plan("llama-3.1-405b", devices="16xH100", hosts=2, batch=1, length=4096, output=256).mesh.size == 16
+    assert si.plan("llama-3.1-405b", devices="8xH100", batch=1, length=4096, output=256, dtype="fp8").mesh.size == 8
+
+
 def test_palm_540b_decodes_with_2d_weights_and_prefills_with_gathered_ones() -> None:
     # Pope et al. 2022, 64 TPU v4: 29 ms a token in int8 at low batch with the 2-D weight-stationary layout, and the
     # weight-gathered one for large prefills.

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spmd_infer as si
+from benchmarks.tensor_search import MLP, Transformer
 from spmd_infer.axes import axis_tuple
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.layer_groups import by_layer, by_parity
@@ -24,51 +25,6 @@ from spmd_infer.planning.page import page
 # float32 sums in another order, relative to the largest value.
 TOLERANCE = 1e-5
 RNG = np.random.default_rng(0)
-
-
-class Square(nnx.Module):
-    """Products of one shape in a row: nothing in the shapes says which are the inner ones."""
-
-    def __init__(self, width: int = 256, depth: int = 4) -> None:
-        rngs = nnx.Rngs(0)
-        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(depth)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for layer in self.layers:
-            x = nnx.relu(layer(x))
-        return x
-
-
-class Block(nnx.Module):
-    """Attention and a feed-forward block, as anybody would write them."""
-
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.norm, self.norm_mlp = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
-        self.query, self.key, self.value, self.out = (nnx.Linear(width, width, rngs=rngs) for _ in range(4))
-        self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.norm(x)
-        query, key, value = (
-            layer(y).reshape(*y.shape[:2], self.heads, -1) for layer in (self.query, self.key, self.value)
-        )
-        x = x + self.out(jax.nn.dot_product_attention(query, key, value).reshape(y.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
-
-
-class Transformer(nnx.Module):
-    def __init__(self, width: int = 256, heads: int = 8, depth: int = 2, vocab: int = 512) -> None:
-        rngs = nnx.Rngs(0)
-        self.embed = nnx.Embed(vocab, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
-        self.head = nnx.Linear(width, vocab, rngs=rngs)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 class LinenMLP(linen.Module):
@@ -83,15 +39,19 @@ X = RNG.normal(size=(16, 256)).astype(np.float32)
 IDS = RNG.integers(0, 512, (16, 12)).astype(np.int32)
 
 
+def transformer(depth: int = 2) -> Transformer:
+    return Transformer(width=256, depth=depth, vocab=512)
+
+
 def linen_mlp() -> tuple[Any, Any]:
     return LinenMLP(), LinenMLP().init(jax.random.key(0), X)
 
 
 CASES: dict[str, tuple[Callable[[], tuple[Any, Any]], Any, tuple[int, int]]] = {
     # Collectives of the default rule, and at most: one for two products, two for a block and one for the embedding.
-    "square": (lambda: (Square(), None), X, (4, 2)),
+    "square": (lambda: (MLP(256, 4), None), X, (4, 2)),
     "linen": (linen_mlp, X, (4, 2)),
-    "transformer": (lambda: (Transformer(), None), IDS, (11, 5)),
+    "transformer": (lambda: (transformer(), None), IDS, (11, 5)),
 }
 
 
@@ -121,7 +81,7 @@ def test_pairs_products_as_megatron_does(name: str, mesh: str) -> None:
 
 
 def test_the_layers_of_a_deep_model_move_together() -> None:
-    model = nnx.eval_shape(lambda: Transformer(depth=40))
+    model = nnx.eval_shape(lambda: transformer(40))
     plan = si.plan(model, devices=8, mesh="data=2,model=4", example=IDS, batch=16)
     assert plan.tensors is not None
     assert {(change.pattern, change.count) for change in plan.tensors.changes} >= {
@@ -143,7 +103,7 @@ def test_groups_of_paths() -> None:
 
 
 def test_the_plan_says_what_the_search_changed() -> None:
-    plan = si.plan(Transformer(), devices=8, mesh="data=1,model=8", example=IDS, batch=16)
+    plan = si.plan(transformer(), devices=8, mesh="data=1,model=8", example=IDS, batch=16)
     text, data = plan.explain(), json.loads(json.dumps(plan.to_dict()))["tensor_search"]
     line = "blocks.*.query.kernel x2 (256 x 256): model along dimension 0 -> model along dimension 1"
     assert line in text
