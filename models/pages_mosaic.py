@@ -3,8 +3,7 @@
 Written in Pallas for Mosaic GPU. Every block takes one row, one key head and a share of the row's pages; it fetches
 them one after the other, some ahead, and keeps a running softmax (Milakov & Gimelshein 2018) of the queries that share
 the key head. The shares are merged afterwards (split keys: Dao et al. 2023, Flash-Decoding). Pages lie as the tensor
-cores want
-them: keys ``[H, S]`` and values ``[S, H]`` are right-hand sides as they are.
+cores want them: keys ``[H, S]`` and values ``[S, H]`` are right-hand sides as they are.
 
 Only the pages of the rows are read, and shared ones once for each of their rows, mostly from the GPU's cache.
 """
@@ -21,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec
 
-from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, KEY_SEQ, current_scope
+from spmd_infer.axes import ATTN_BATCH, ATTN_HEADS, ATTN_KV_HEADS, KEY_SEQ, current_device, current_scope
 from spmd_infer.errors import ModelError
 from spmd_infer.models.cache_formats import Packed
 from spmd_infer.models.page_view import PageView
@@ -38,10 +37,8 @@ def mosaic_problem(queries: jax.Array, keys: Packed) -> str | None:
     size, dtype = keys.numbers.shape[4], keys.numbers.dtype
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"pages hold {dtype}, the kernel takes bfloat16 and float16"
-    if width % _TILE or width > 256 or size % _TILE:
-        return (
-            f"heads of {width} numbers and pages of {size} positions; it takes 64, 128, 192 or 256, and multiples of 64"
-        )
+    if width not in (64, 128) or size != _TILE:  # so that some pages fit into shared memory at a time
+        return f"heads of {width} numbers and pages of {size} positions; it takes 64 or 128, and 64"
     if length * folded > _TILE:
         return f"{length * folded} queries of a row share a key head; it takes {_TILE}"
     scope = current_scope()
@@ -53,6 +50,12 @@ def mosaic_problem(queries: jax.Array, keys: Packed) -> str | None:
         if heads != rules.split(ATTN_KV_HEADS, queries.shape[3], shape):
             return f"query heads are split over {', '.join(heads) or 'nothing'}, key heads otherwise"
     return None
+
+
+def _device_problem() -> str | None:
+    device = current_device()
+    capability = str(getattr(device, "compute_capability", "none"))
+    return None if capability.startswith("9.") else f"it is for compute capability 9, not {capability}"
 
 
 def attend_mosaic(
@@ -77,7 +80,7 @@ def attend_mosaic(
     Raises:
         ModelError: the kernel cannot take these; the message says why.
     """
-    problem = mosaic_problem(queries, keys)
+    problem = mosaic_problem(queries, keys) or (_device_problem() if interpret is None else None)
     if problem is not None:
         raise ModelError(f"the Mosaic kernel is not used: {problem}")
     run = partial(_attend, interpret=interpret)

@@ -22,7 +22,7 @@ from spmd_infer.compile_cache import kept_file
 from spmd_infer.generation.kept_answers import Answer, KeptAnswers
 from spmd_infer.generation.kv_pages import PAGE_SIZE
 from spmd_infer.models.cache_formats import CacheFormat, Packed
-from spmd_infer.models.page_attention import GATHERED, IN_PLACE, WAYS
+from spmd_infer.models.page_attention import GATHERED, IN_PLACE, MOSAIC, WAYS
 from spmd_infer.models.page_view import PageView
 from spmd_infer.models.paged_attention import PAGE_KEY_AXES, PAGE_SCALE_AXES, PAGE_VALUE_AXES
 from spmd_infer.models.prompt_attention import PROMPT_WAYS, XLA
@@ -86,10 +86,11 @@ class AttentionChoice:
             width: pages of a row, at most.
             among_all: measure even where one is known to be best.
         """
-        ways: Mapping[str, Callable[..., jax.Array]] = WAYS
-        if self._on_cpu:
-            few = among_all or (pages >= _LARGE_POOL and _FEWER * rows * width <= pages)
-            ways = {way: WAYS[way] for way in ((IN_PLACE, GATHERED) if few else (IN_PLACE,))}
+        few = among_all or (pages >= _LARGE_POOL and _FEWER * rows * width <= pages)
+        if not few:
+            width = max(1, pages // rows)  # one answer for all widths: what is read does not depend on it
+        tried = (IN_PLACE, *((GATHERED,) if few else ()), *(() if self._on_cpu else (MOSAIC,)))
+        ways = {way: WAYS[way] for way in tried}
         return self._fastest(ways, ("pages", rows, pages, width), lambda: self._pages(rows, pages, width))
 
     def of_prompts(self, rows: int, length: int) -> str:

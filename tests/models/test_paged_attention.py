@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AxisType
 
 from spmd_infer.axes import AxisRules, axis_scope
 from spmd_infer.errors import ModelError
-from spmd_infer.models import paged_attention, pages_in_place
+from spmd_infer.models import paged_attention, pages_in_place, pages_mosaic
 from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
 from spmd_infer.models.page_attention import GATHERED, IN_PLACE
@@ -219,7 +220,9 @@ class TestMosaic:
         assert np.abs(found - in_place).max() <= 0.02 * np.abs(expected).max()
         assert np.isfinite(np.asarray(attended[0], np.float32)).all()
 
-    def test_it_lowers_for_cuda(self) -> None:
+    def test_it_lowers_for_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+        monkeypatch.setattr(pages_mosaic, "current_device", lambda: hopper)
         pool = jax.ShapeDtypeStruct((1, 512, 8, 128, 64), jnp.bfloat16)
         values = jax.ShapeDtypeStruct((1, 512, 8, 64, 128), jnp.bfloat16)
         queries = jax.ShapeDtypeStruct((1, 32, 1, 8, 4, 128), jnp.bfloat16)  # Llama 3.1 8B's heads
@@ -234,6 +237,10 @@ class TestMosaic:
         queries, keys, values, positions = laid.step()
         with pytest.raises(ModelError, match="pages hold float32, the kernel takes bfloat16 and float16"):
             laid.cache(way="mosaic").attend(*map(jnp.asarray, (queries, keys, values, positions)))
+        laid = Laid(1, [[70]], None, 0, width=64, fmt=HALVES, size=64)
+        if jax.default_backend() != "gpu":
+            with pytest.raises(ModelError, match="it is for compute capability 9, not none"):
+                laid.cache(way="mosaic").attend(*(jnp.asarray(x, jnp.bfloat16) for x in laid.step()[:3]), positions)
 
 
 SIZES_OF_ROWS: dict[str, tuple[int, ...]] = {"tables": (128,), "limits": (), "positions": (1,)}
