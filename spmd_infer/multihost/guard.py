@@ -143,7 +143,7 @@ class Guard:
         config = self.config
         names = ("size", "hosts", "init_s", "silence_s", "drain_s", "exit_s")
         self._hub = Hub(
-            send=self._send, tell=self._ward.say, started=time.monotonic(), welcome=config["welcome"],
+            send=self._send, tell=self._ward.say, started=config["began"], welcome=config["welcome"],
             **{name: config[name] for name in names},
         )  # fmt: skip
         try:
@@ -204,7 +204,7 @@ class Guard:
     async def _join_hub(self) -> None:
         """Connect to rank 0's guard as soon as it listens."""
         host, port = self.config["address"]
-        deadline = time.monotonic() + self.config["init_s"]
+        deadline = self.config["began"] + self.config["init_s"]
         seen = "nothing answers"
         while self._to_hub is None:
             try:

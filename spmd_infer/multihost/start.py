@@ -142,13 +142,14 @@ def _join(place: Place, bind: str | None, limits: Mapping[str, int], devices: li
 
 
 def start_guard(place: Place, bound: str, secret: bytes, limits: Mapping[str, int], welcome: Mapping[str, Any]) -> Link:
-    """Start the process that guards this one."""
+    """Start the process that guards this one; the time-out for all to come counts from here."""
+    began = time.monotonic()  # the guard reads the same clock
     record = Record.create()
     ours, theirs = socket.socketpair()
     config = {
         "rank": place.rank, "size": place.size, "address": [place.host, place.port], "bind": bound, "port": place.port,
         "hosts": place.hosts, "host": socket.gethostname(), "pid": os.getpid(), "secret": secret.hex(),
-        "welcome": welcome, "socket_fd": theirs.fileno(), "record_fd": record.fd, **limits,
+        "began": began, "welcome": welcome, "socket_fd": theirs.fileno(), "record_fd": record.fd, **limits,
     }  # fmt: skip
     root = str(Path(__file__).parents[2])
     # -S: without site-packages a guard starts in a moment, and nothing there can run in it.

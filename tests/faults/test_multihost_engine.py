@@ -44,22 +44,22 @@ with si.initialize(quiet=True) as job:
 # The device runtime of rank 1 does not come up.
 STUCK_START = """
 import os, time
-import spmd_infer as si
+from spmd_infer import initialize
 import jax
 
 if os.environ["SPMD_INFER_PROCESS_ID"] == "1":
     jax.devices = lambda *_: time.sleep(1000)
 print("joins", flush=True)
-si.initialize(quiet=True)
+initialize(quiet=True)
 """
 
 # Rank 1 does not come to initialize(), as where a file system hangs under its imports.
 STUCK_IMPORT = """
 import os, time
 os.environ["SPMD_INFER_PROCESS_ID"] == "1" and time.sleep(1000)
-import spmd_infer as si
+from spmd_infer import initialize
 print("joins", time.time(), flush=True)
-si.initialize(quiet=True)
+initialize(quiet=True)
 """
 
 
@@ -79,7 +79,7 @@ def test_a_rank_that_does_not_come_to_the_next_call(where: str, tmp_path: Path) 
 
 
 def test_a_rank_whose_devices_do_not_start(tmp_path: Path) -> None:
-    limit = 4  # three times as long for JAX to start
+    limit = 6  # three times as long for JAX to start
     with Ranks(STUCK_START, 3, tmp_path, SPMD_INFER_INIT_TIMEOUT=str(limit)) as ranks:
         ranks.until("joins")
         begin = time.monotonic()
@@ -91,7 +91,7 @@ def test_a_rank_whose_devices_do_not_start(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_before_it_joins_is_named_and_ended_by_the_launcher() -> None:
-    limit = 5
+    limit = 8
     done = subprocess.run(
         [str(Path(sys.executable).parent / "spmd-infer"), "launch", "--nprocs", "3", "--", sys.executable, "-c",
          STUCK_IMPORT],
@@ -100,6 +100,6 @@ def test_a_rank_that_hangs_before_it_joins_is_named_and_ended_by_the_launcher() 
     )  # fmt: skip
     ended = time.time()
     assert done.returncode == 1
-    assert "ClusterError: 2 of 3 processes came within 5 s; missing: rank 1" in done.stderr
+    assert "ClusterError: 2 of 3 processes came within 8 s; missing: rank 1" in done.stderr
     joined = max(float(moment) for moment in re.findall(r"joins ([0-9.]+)", done.stdout))
-    report("rank 1 hangs before it joins, time-out 5 s, launcher and all", ended - joined, limit + 10)
+    report("rank 1 hangs before it joins, time-out 8 s, launcher and all", ended - joined, limit + 10)

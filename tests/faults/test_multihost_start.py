@@ -15,10 +15,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 PROGRAM = """
 import time
-import spmd_infer as si
+from spmd_infer import initialize
 
 print("joins", time.time(), flush=True)
-si.initialize(quiet=True)
+initialize(quiet=True)
 print("started")
 """
 HOST = socket.gethostname()
@@ -37,11 +37,11 @@ def ends(ranks: Ranks, limit: float, what: str) -> str:
 
 
 def test_one_process_never_starts(tmp_path: Path) -> None:
-    with Ranks(PROGRAM, 4, tmp_path, start=(0, 1, 3), SPMD_INFER_INIT_TIMEOUT="10") as ranks:
-        said = ends(ranks, 10 + 5, "rank 2 of 4 never starts, time-out 10 s")
+    with Ranks(PROGRAM, 4, tmp_path, start=(0, 1, 3), SPMD_INFER_INIT_TIMEOUT="15") as ranks:
+        said = ends(ranks, 15 + 5, "rank 2 of 4 never starts, time-out 15 s")
         for rank in (0, 1, 3):
-            assert "ClusterError: 3 of 4 processes came within 10 s; missing: rank 2" in ranks.err(rank)
-        assert "[spmd-infer rank 0] waiting for 1 of 4 processes: rank 2; 5 s left" in said
+            assert "ClusterError: 3 of 4 processes came within 15 s; missing: rank 2" in ranks.err(rank)
+        assert re.search(r"\[spmd-infer rank 0\] waiting for 1 of 4 processes: rank 2; \d+ s left", said)
 
 
 def test_rank_0_never_starts(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_no_address_of_this_host(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_before_all_have_come(tmp_path: Path) -> None:
-    failing = PROGRAM.replace("si.initialize(", "import os; os.environ['RANK'] == '1' and 1 / 0; si.initialize(")
+    failing = PROGRAM.replace("initialize(q", "import os; os.environ['RANK'] == '1' and 1 / 0; initialize(q")
     with Ranks(failing, 2, tmp_path, each={0: {"RANK": "0"}, 1: {"RANK": "1"}}, SPMD_INFER_INIT_TIMEOUT="8") as ranks:
         ends(ranks, 8 + 5, "rank 1 fails before it joins, time-out 8 s")
         assert "missing: rank 1" in ranks.err(0)
