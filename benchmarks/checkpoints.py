@@ -1,17 +1,18 @@
 """How fast checkpoints are loaded, resharded and converted, and in how much memory, against copying the same bytes.
 
-    python benchmarks/checkpoints.py --folder EMPTY_FOLDER [--gigabytes 8] [--json FILE] [--steps copy,load,reshard,...]
+    python benchmarks/checkpoints.py --folder FOLDER [--gigabytes 8] [--rounds 3] [--steps reshard-0,...]
 
 A synthetic checkpoint of a Llama's shape (bfloat16, Hugging Face folder, random numbers) is made in the folder, which
-needs room for four of its size. Every step runs in a process of its own; "rate" is the checkpoint's bytes over wall
-time, starting Python, all checking and flushing to the disk included; "work" leaves out the start, which does not grow
-with the checkpoint. "beyond" is the process's peak resident memory (interpreter and libraries included), for loading
-minus the arrays themselves.
+needs room for four of its size; one that is there from an earlier call, with ``--keep``, is used again, so that the
+steps can be measured in several calls. Every step runs in a process of its own, three times, each time after ``cp -r``
+of what the step reads, and once more after the last; medians are compared. Before each of them, what it reads is read
+once, so that it lies in the page cache, other files of the folder are not in it, and what the one before wrote is gone.
 
-``cp`` of the same bytes runs before and after every step, and a step is compared with the mean of the two: how fast
-memory and disks of a virtual machine are changes from minute to minute. "flushed" counts the time until the disk holds
-the copy, which the steps that write always wait for and ``cp`` does not. The load of the machine, and processor time,
-say how much else was going on.
+"rate" is the checkpoint's bytes over wall time, starting Python, all checking and flushing to the disk included; "work"
+leaves out the start, which does not grow with the checkpoint. "cp" is without flushing, "flushed" until the disk holds
+the copy, which the steps that write always wait for. "beyond" is the process's peak resident memory (interpreter and
+libraries included), for loading minus the arrays themselves. "others" are processor seconds that other processes took
+meanwhile: figures with more than a second or two of them say little.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -37,7 +39,8 @@ COMMAND = str(Path(sys.executable).parent / "spmd-infer")
 LIMIT_BEYOND = 512 << 20
 HIDDEN, MLP, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 8, 64000
 CHAIN = (("data=2,model=4", 2), ("data=8,model=1", 8), ("data=1,model=8", 8), ("data=2,model=4", 2))
-STEPS = ("copy", "load", "reshard", "convert", "verify")
+STEPS = ("ceilings", *(f"reshard-{number}" for number in range(len(CHAIN))), "load", "verify", "convert")
+SIMULATED = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -59,14 +62,16 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return result | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def make(folder: Path, nbytes: int) -> int:
-    """A checkpoint of about that size; returns its bytes."""
+def made(folder: Path, nbytes: int) -> int:
+    """Make a checkpoint of about that size, unless it is there; returns its bytes."""
 
     def size(layers: int) -> int:
         return sum(int(np.prod(shape)) * 2 for shape in shapes(layers).values())
 
     layers = next(count for count in range(1, 1000) if size(count) >= nbytes)
-    folder.mkdir()
+    if folder.exists():
+        return size(layers)
+    folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
@@ -106,15 +111,37 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> tupl
     return seconds, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime, output
 
 
-def copy(source: Path, target: Path) -> tuple[float, float, float]:
-    """Seconds of ``cp``, seconds until the disk holds the copy, and of processor time."""
+def warm(wanted: Path, folder: Path) -> None:
+    """Have the page cache hold what is wanted, and nothing else of the folder; nothing is waiting to be written."""
     os.sync()
-    seconds, _, processor, _ = timed(["cp", "-r", str(source), str(target)])
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb", buffering=0) as opened:
+            if file.is_relative_to(wanted):
+                memory = bytearray(1 << 20)
+                while opened.readinto(memory):
+                    pass
+            else:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds of ``cp``, and until the disk holds the copy."""
+    seconds, _, _, _ = timed(["cp", "-r", str(source), str(target)])
     begin = time.perf_counter()
     os.sync()
     flushed = seconds + time.perf_counter() - begin
     shutil.rmtree(target)
-    return seconds, flushed, processor
+    return seconds, flushed
+
+
+def processors() -> float:
+    """Seconds that the machine's processors have worked since it began."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return float("nan")
+    user, nice, system, _, _, irq, softirq = map(int, words[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def load_here(path: str, mesh: str) -> dict[str, Any]:
@@ -133,14 +160,53 @@ def load_here(path: str, mesh: str) -> dict[str, Any]:
         for array in engine.params.values()
         for shard in array.addressable_shards
     }
-    return {"seconds": seconds, "arrays": sum(buffers.values())}
+    return {"work": seconds, "arrays": sum(buffers.values())}
+
+
+class Bench:
+    """Steps, each beside ``cp`` of what it reads.
+
+    Attributes:
+        rows: the figures of the steps so far.
+    """
+
+    def __init__(self, folder: Path, nbytes: int, rounds: int) -> None:
+        self._folder, self._nbytes, self._rounds = folder, nbytes, rounds
+        self.rows: list[dict[str, Any]] = []
+
+    def step(self, name: str, source: Path, target: Path | None, command: list[str]) -> dict[str, Any]:
+        """Measure one step; what its last round made stays. Returns the last round's answer."""
+        copies, runs, answer = [], [], {}
+        for _ in range(self._rounds):
+            if target is not None and target.exists():
+                shutil.rmtree(target)
+            warm(source, self._folder)
+            copies.append(copy(source, self._folder / "copy"))
+            warm(source, self._folder)
+            before = processors()
+            seconds, peak, processor, output = timed(command, SIMULATED)
+            answer = json.loads(output.splitlines()[-1])
+            others = processors() - before - processor
+            runs.append((seconds, answer.get("work", answer.get("seconds", seconds)), processor, others, peak))
+        warm(source, self._folder)
+        copies.append(copy(source, self._folder / "copy"))
+        cp, flushed = (statistics.median(each) for each in zip(*copies, strict=True))
+        seconds, work, processor, others = (statistics.median(each) for each in list(zip(*runs, strict=True))[:4])
+        row = {"step": name, "seconds": seconds, "work": work, "processor_seconds": processor, "others": others}
+        row |= {"beyond": max(run[4] for run in runs) - answer.get("arrays", 0), "cp": cp, "cp_flushed": flushed}
+        row |= {"copies": copies, "runs": runs, "load": os.getloadavg()[0]}
+        self.rows.append(row)
+        print(line(row, self._nbytes), flush=True)
+        return answer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="an empty folder on the disk to measure")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure: empty, or kept from before")
     parser.add_argument("--gigabytes", type=float, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each step is measured")
     parser.add_argument("--steps", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints for the next call")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -149,94 +215,65 @@ def main() -> None:
         return
     if options.folder is None:
         parser.error("--folder is needed")
-    steps = options.steps.split(",")
-    folder: Path = options.folder
+    steps, folder = options.steps.split(","), options.folder
     source = folder / "source"
-    nbytes = make(source, int(options.gigabytes * 1e9))
+    nbytes = made(source, int(options.gigabytes * 1e9))
     largest = VOCAB * HIDDEN * 2
-    rows: list[dict[str, Any]] = []
-    copies: list[tuple[float, float, float]] = []
-    ceilings(nbytes, source / "model.safetensors")
-
-    def copied() -> None:
-        if "copy" in steps:
-            copies.append(copy(source, folder / "copy"))
-
-    def note(step: str, seconds: float, work: float, processor: float, peak: int, beyond: int | None = None) -> None:
-        before = len(copies) - 1
-        copied()
-        pair = copies[before:] if before >= 0 else []
-        beside = {
-            key: sum(taken[i] for taken in pair) / len(pair) if pair else None
-            for i, key in enumerate(("cp", "cp_flushed"))
-        }
-        row = {"step": step, "seconds": seconds, "work": work, "processor_seconds": processor, "peak": peak}
-        row |= {"beyond": peak if beyond is None else beyond, "load": os.getloadavg()[0], **beside}
-        rows.append(row)
-        print(line(row, nbytes), flush=True)
-
-    def cli(step: str, *arguments: str) -> dict[str, Any]:
-        seconds, peak, processor, output = timed([COMMAND, *arguments, "--json"])
-        result: dict[str, Any] = json.loads(output.splitlines()[-1])
-        note(step, seconds, result.get("seconds", seconds), processor, peak)
-        return result
-
     print(f"{nbytes / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB")
-    copied()
-    current = source
-    if "reshard" in steps:
-        for number, (mesh, hosts) in enumerate(CHAIN):
-            target = folder / f"reshard-{number}"
-            cli(
-                f"reshard to {mesh}, {hosts} hosts",
-                "reshard",
-                str(current),
-                str(target),
-                "--mesh",
-                mesh,
-                "--hosts",
-                str(hosts),
-            )
-            if current != source:
-                shutil.rmtree(current)
-            current = target
+    if "ceilings" in steps:
+        ceilings(nbytes, source / "model.safetensors")
+    bench = Bench(folder, nbytes, options.rounds)
+    for number in range(len(CHAIN)):
+        if f"reshard-{number}" in steps:
+            reshard(bench, folder, number)
+    native = newest(folder)
     if "load" in steps:
-        environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, __file__, "--load", str(current), "data=2,model=4"]
-        _, peak, processor, output = timed(command, environment)
-        loaded = json.loads(output.splitlines()[-1])
-        note("load on data=2,model=4", loaded["seconds"], loaded["seconds"], processor, peak, peak - loaded["arrays"])
-    if "verify" in steps and current != source:
-        answer = cli("verify", "verify", str(current))
+        command = [sys.executable, __file__, "--load", str(native), "data=2,model=4"]
+        bench.step("load on data=2,model=4", native, None, command)
+    if "verify" in steps and native != source:
+        answer = bench.step("verify", native, None, [COMMAND, "verify", str(native), "--json"])
         assert all(problem["kind"] == "values" for problem in answer["problems"]), answer["problems"][:3]
     if "convert" in steps:
-        cli("convert to huggingface", "convert", str(current), str(folder / "back"), "--to", "huggingface")
-        if current != source:
-            shutil.rmtree(current)
-        answer = cli("diff with the source", "diff", str(source), str(folder / "back"))
+        back = folder / "back"
+        arguments = ["convert", str(native), str(back), "--to", "huggingface", "--json"]
+        bench.step("convert to huggingface", native, back, [COMMAND, *arguments])
+        answer = bench.step("diff with the source", source, None, [COMMAND, "diff", str(source), str(back), "--json"])
         assert answer["equal"], answer["differences"][:3]
-        shutil.rmtree(folder / "back")
-    for child in folder.iterdir():
-        shutil.rmtree(child)
+        shutil.rmtree(back)
+    if not options.keep:
+        for child in folder.iterdir():
+            shutil.rmtree(child)
     allowed = largest + LIMIT_BEYOND
-    print(f"memory: at most {max(row['beyond'] for row in rows) >> 20} MiB beyond, allowed {allowed >> 20}")
+    print(f"memory: at most {max(row['beyond'] for row in bench.rows) >> 20} MiB beyond, allowed {allowed >> 20}")
     if options.json:
-        options.json.write_text(json.dumps({"bytes": nbytes, "largest": largest, "rows": rows}, indent=1) + "\n")
+        figures = {"bytes": nbytes, "largest": largest, "rows": bench.rows}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def reshard(bench: Bench, folder: Path, number: int) -> None:
+    """Measure one of the reshards, of what the one before made, which then goes."""
+    current, target = newest(folder), folder / f"reshard-{number}"
+    mesh, hosts = CHAIN[number]
+    command = [COMMAND, "reshard", str(current), str(target), "--mesh", mesh, "--hosts", str(hosts), "--json"]
+    bench.step(f"reshard to {mesh}, {hosts} hosts", current, target, command)
+    if current.name != "source":
+        shutil.rmtree(current)
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint that was resharded last, or the one that all began with."""
+    return max(folder.glob("reshard-*"), default=folder / "source")
 
 
 def line(row: dict[str, Any], nbytes: int) -> str:
     """One step's figures as a line."""
-    text = (
+    return (
         f"{row['step']:<34}{row['seconds']:>6.1f} s {nbytes / row['seconds'] / 1e6:>6.0f} MB/s  work "
-        f"{nbytes / row['work'] / 1e6:>6.0f} MB/s  processors {row['processor_seconds']:>5.1f} s  beyond "
-        f"{row['beyond'] >> 20:>5} MiB  load {row['load']:.1f}"
+        f"{nbytes / row['work'] / 1e6:>6.0f} MB/s  processors {row['processor_seconds']:>5.1f} s, others "
+        f"{row['others']:>4.1f}  beyond {row['beyond'] >> 20:>5} MiB   {row['cp'] / row['seconds']:>5.0%} of cp "
+        f"({nbytes / row['cp'] / 1e6:.0f} MB/s; work {row['cp'] / row['work']:.0%}), "
+        f"{row['cp_flushed'] / row['seconds']:>5.0%} of cp flushed"
     )
-    if row["cp"] is not None:
-        text += (
-            f"   {row['cp'] / row['seconds']:>5.0%} of cp ({nbytes / row['cp'] / 1e6:.0f} MB/s; work "
-            f"{row['cp'] / row['work']:.0%}), {row['cp_flushed'] / row['seconds']:>5.0%} of cp flushed"
-        )
-    return text
 
 
 def ceilings(nbytes: int, file: Path) -> None:

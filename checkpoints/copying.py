@@ -120,8 +120,8 @@ class Sink(Protocol):
         """Tensors that need not be written again."""
         ...
 
-    def begin(self, info: TensorInfo) -> Any:
-        """Begin to write a tensor; returns its ``Writing``."""
+    def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> Any:
+        """Begin to write a tensor, of which the source has these chunks; returns its ``Writing``."""
         ...
 
     def end(self, info: TensorInfo, writing: Any) -> None:
@@ -162,11 +162,11 @@ def copy_tensors(reader: Reader, sink: Sink, advance: Advance, only: Container[s
             if info.name in sink.done:
                 advance(info.nbytes)
                 continue
-            writing = sink.begin(info)
+            known = stored_chunks(reader, info.name)
+            writing = sink.begin(info, known)
             if takes_whole(reader, info.name):
                 line.run(2 * _bytes(info), partial(_move_whole, reader, info, writing))
             else:
-                known = stored_chunks(reader, info.name)
                 for band in writing.bands:
                     nbytes = elements(band) * info.dtype.itemsize
                     line.run(nbytes, partial(_move, reader, info, writing, band, scratch, known))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,12 @@ class NativeSink:
         scaled = {name.removesuffix(quantise.SCALES_END) for name in names if name.endswith(quantise.SCALES_END)}
         return names | scaled
 
-    def begin(self, info: TensorInfo) -> ArrayWriting | _Quantising:
+    def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> ArrayWriting | _Quantising:
         """Begin to write one tensor, quantised where it is to be."""
         group = self._quantisation.group_for(info) if self._quantisation else None
         axes = self._axes.get(info.name)
         if self._quantisation is None or group is None:
-            return self._begin(info.name, info.shape, info.dtype, axes)
+            return self._begin(info.name, info.shape, info.dtype, axes, known=known)
         kind = self._quantisation.kind
         shapes = quantise.stored_shapes(kind, info.shape, group)
         bands = list(_rows(info))
@@ -91,9 +91,10 @@ class NativeSink:
         dtype: np.dtype[Any],
         axes: Axes | None,
         bands: Sequence[Box] | None = None,
+        known: Collection[Box] = (),
     ) -> ArrayWriting:
         boxes = self._layout.boxes(name, shape, dtype.itemsize, axes) if self._layout else unsplit(shape)
-        return self.writer.begin(name, shape, dtype, axes, boxes, bands)
+        return self.writer.begin(name, shape, dtype, axes, boxes, bands, known)
 
 
 class _Quantising:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from spmd_infer.checkpoints.boxes import (
 from spmd_infer.checkpoints.casting import cast
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DATA_FOLDER, DTYPES, ArrayEntry, Chunk, StoredFile, data_digest
+from spmd_infer.checkpoints.output_file import OutputFile
 from spmd_infer.checkpoints.remote import is_remote
 from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
-from spmd_infer.checkpoints.target_folder import write_at
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes
 
@@ -142,7 +141,7 @@ class DataWriter:
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._current: dict[int, int] = {}  # the open file of each host
-        self._descriptors: dict[int, int] = {}
+        self._files: dict[int, OutputFile] = {}
         self._lock = threading.Lock()
         (folder / DATA_FOLDER).mkdir(exist_ok=True)
 
@@ -171,6 +170,7 @@ class DataWriter:
         axes: Axes | None,
         boxes: Sequence[tuple[Box, int]],
         bands: Iterable[Box] | None = None,
+        known: Collection[Box] = (),
     ) -> ArrayWriting:
         """Take the places for one array, or for this process's boxes of it.
 
@@ -181,11 +181,12 @@ class DataWriter:
             axes: its logical axes.
             boxes: disjoint boxes, each with the host whose file it goes to.
             bands: in which pieces the values will come; no chunk reaches over the end of one.
+            known: the chunks of the checkpoint that the values come from, where it has any.
         """
         if dtype.name not in DTYPES:
             raise CheckpointError(f"tensor {name!r} is {dtype.name}, which checkpoints cannot hold")
         places: dict[Box, list[_Place]] = {}
-        for band in bands_of(shape, dtype, boxes) if bands is None else bands:
+        for band in bands_of(shape, dtype, boxes, known) if bands is None else bands:
             places[band] = []
             for box, host in boxes:
                 shared = intersection(band, box) if shape else ()
@@ -196,11 +197,10 @@ class DataWriter:
     def write(self, position: int, offset: int, raw: npt.NDArray[np.uint8]) -> None:
         """Write bytes at a place that was taken."""
         with self._lock:
-            descriptor = self._descriptors.get(position)
-            if descriptor is None:
-                descriptor = os.open(self._folder / self._names[position], os.O_WRONLY | os.O_CLOEXEC)
-                self._descriptors[position] = descriptor
-        write_at(descriptor, raw.data, offset)
+            file = self._files.get(position)
+            if file is None:
+                file = self._files[position] = OutputFile(self._folder / self._names[position])
+        file.write(raw, offset)
 
     def files(self) -> list[StoredFile]:
         """Size and digest of each data file, after closing them all."""
@@ -216,8 +216,8 @@ class DataWriter:
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def _reserve(self, host: int, nbytes: int) -> tuple[int, int]:
         """The file and offset for the next chunk of a host."""
@@ -238,14 +238,27 @@ def file_bytes_for(target: Path) -> int:
     return OBJECT_BYTES if is_remote(target) else FILE_BYTES
 
 
-def bands_of(shape: Sequence[int], dtype: np.dtype[Any], boxes: Sequence[tuple[Box, int]]) -> Iterator[Box]:
-    """How a tensor is best read to be cut into boxes: chunk by chunk, or by rows where those go to several boxes."""
+def bands_of(
+    shape: Sequence[int], dtype: np.dtype[Any], boxes: Sequence[tuple[Box, int]], known: Collection[Box] = ()
+) -> list[Box]:
+    """How a tensor is best read to be cut into boxes.
+
+    Chunk by chunk; by rows where those go to several boxes; and in larger pieces of the boxes where the source's chunks
+    (``known``) reach over the ends of the new ones, so that each of them is read once.
+    """
     cut = any(bounds != (0, size) for box, _ in boxes for bounds, size in zip(box[1:], shape[1:], strict=True))
     if cut and len(boxes) > 1:
-        yield from pieces(whole(shape), dtype.itemsize, BAND_BYTES)
-        return
-    for box, _ in sorted(boxes):
-        yield from pieces(box, dtype.itemsize, CHUNK_BYTES)
+        return list(pieces(whole(shape), dtype.itemsize, BAND_BYTES))
+    fine, coarse = (
+        [piece for box, _ in sorted(boxes) for piece in pieces(box, dtype.itemsize, most)]
+        for most in (CHUNK_BYTES, BAND_BYTES)
+    )
+    return coarse if known and reach_over(known, fine) else fine
+
+
+def reach_over(chunks: Iterable[Box], boxes: Sequence[Box]) -> bool:
+    """Whether one of some chunks lies in more than one box."""
+    return any(sum(intersection(chunk, box) is not None for box in boxes) > 1 for chunk in chunks)
 
 
 def journal_step(entries: Mapping[str, ArrayEntry], files: Sequence[str]) -> dict[str, object]:

@@ -14,8 +14,8 @@ _MOST_WORKERS = 4
 
 
 def workers() -> int:
-    """How many threads checkpoints are read, digested and written with."""
-    return max(1, min(_MOST_WORKERS, os.cpu_count() or 1))
+    """How many threads checkpoints are read, digested and written with: one more than cores, as one may be waiting."""
+    return min(_MOST_WORKERS, (os.cpu_count() or 1) + 1)
 
 
 class Pipeline:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,25 +14,26 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints import digests
-from spmd_infer.checkpoints.boxes import Box, box_shape, elements, pieces, run_of, whole
+from spmd_infer.checkpoints.boxes import Box, elements, run_of, whole
 from spmd_infer.checkpoints.copying import BUDGET_BYTES, Advance, CopyPlan, copy_tensors, plan_copy, work_key
 from spmd_infer.checkpoints.file_bytes import Scratch
 from spmd_infer.checkpoints.folder_files import CONFIG_NAME
 from spmd_infer.checkpoints.manifest import Chunk
+from spmd_infer.checkpoints.native_writer import bands_of
+from spmd_infer.checkpoints.output_file import OutputFile
 from spmd_infer.checkpoints.pipeline import Pipeline
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.checkpoints.remote import is_remote
 from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
 from spmd_infer.checkpoints.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsReader
 from spmd_infer.checkpoints.side_files import copy_side_files
-from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder, write_at
+from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder
 from spmd_infer.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
 """The most bytes of tensors in one file; a larger tensor gets a file to itself."""
 
 JOURNAL_NAME = "journal.jsonl"
-_PIECE_BYTES = 16 << 20
 _NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 Array = npt.NDArray[Any]
 
@@ -51,9 +51,9 @@ class _Shard:
 class _Writing:
     """One tensor on its way to its place in a file."""
 
-    def __init__(self, info: TensorInfo, descriptor: int, start: int) -> None:
-        self._info, self._descriptor, self._start = info, descriptor, start
-        self.bands = _pieces(info)
+    def __init__(self, info: TensorInfo, file: OutputFile, start: int, known: Collection[Box]) -> None:
+        self._info, self._file, self._start = info, file, start
+        self.bands = bands_of(info.shape, info.dtype, [(whole(info.shape), 0)], known)
         self.digests: dict[Box, str] = {}
 
     def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
@@ -76,7 +76,7 @@ class _Writing:
         for block in blocks:
             if not same:
                 digest.update(block.data)
-            write_at(self._descriptor, block.data, offset)
+            self._file.write(block, offset)
             offset += block.size
         self.digests[band] = same or digest.hexdigest()
 
@@ -93,7 +93,7 @@ class SafetensorsSink:
         for step in self._journal.steps:
             found: Any = step["blake3"]
             self.digests[str(step["name"])] = {tuple((a, b) for a, b in band): digest for band, digest in found}
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, OutputFile] = {}
         for shard in self.shards:
             path = work / shard.name
             if not path.exists():
@@ -106,12 +106,13 @@ class SafetensorsSink:
         """Tensors that need not be written again."""
         return set(self.digests)
 
-    def begin(self, info: TensorInfo) -> _Writing:
+    def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> _Writing:
         """Begin to write one tensor."""
         shard = self._home[info.name]
-        if shard.name not in self._descriptors:
-            self._descriptors[shard.name] = os.open(self._work / shard.name, os.O_WRONLY | os.O_CLOEXEC)
-        return _Writing(info, self._descriptors[shard.name], len(shard.header) + shard.starts[info.name])
+        if shard.name not in self._files:
+            self._files[shard.name] = OutputFile(self._work / shard.name)
+        start = len(shard.header) + shard.starts[info.name]
+        return _Writing(info, self._files[shard.name], start, known)
 
     def end(self, info: TensorInfo, writing: _Writing) -> None:
         """Note that one tensor is written."""
@@ -120,8 +121,8 @@ class SafetensorsSink:
 
     def close(self) -> None:
         """Close the files."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
 
     def finish(self) -> None:
         """Write the index, where there are several files, and remove the journal."""
@@ -180,23 +181,20 @@ def _check(work: Path, wanted: Mapping[str, Mapping[Box, str]], advance: Advance
     written, scratch = SafetensorsReader(work), Scratch()
 
     def check(info: TensorInfo, band: Box) -> None:
-        values, digest = scratch.take(box_shape(band), info.dtype), digests.new("blake3")
-        written.read_into(info.name, band, values)
-        digest.update(digests.flat_bytes(values).data)
-        if digest.hexdigest() != wanted[info.name].get(band):
+        digest, blocks = digests.new("blake3"), written.stream(info.name, band, scratch)
+        assert blocks is not None  # a band lies in one run
+        for block in blocks:
+            digest.update(block.data)
+        if digest.hexdigest() != wanted[info.name][band]:
             raise CheckpointError(
                 f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
             )
 
     with Pipeline(BUDGET_BYTES, "checkpoint-check") as line:
         for info in written.tensors.values():
-            for band in _pieces(info):
+            for band in wanted[info.name]:
                 line.run(elements(band) * info.dtype.itemsize, partial(check, info, band))
             line.then(partial(advance, info.nbytes))
-
-
-def _pieces(info: TensorInfo) -> list[Box]:
-    return list(pieces(whole(info.shape), info.dtype.itemsize, _PIECE_BYTES))
 
 
 def _plan(infos: Sequence[TensorInfo], shard_bytes: int) -> list[_Shard]:

@@ -215,13 +215,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_at(descriptor: int, raw: memoryview, offset: int) -> None:
-    """Write all of some bytes at a place in a file."""
-    done = 0
-    while done < len(raw):
-        done += os.pwrite(descriptor, raw[done:], offset + done)
-
-
 def check_space(target: Path, needed: int) -> None:
     """Refuse to begin where the disk has too little room.
 

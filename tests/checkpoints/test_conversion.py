@@ -1,6 +1,7 @@
 """Converting and resharding: the same numbers by way of every format, mesh and change that can be undone."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from spmd_infer.checkpoints import Reader, open_checkpoint, verify
 from spmd_infer.checkpoints.boxes import elements, tiling_problem
 from spmd_infer.checkpoints.comparing import compare
 from spmd_infer.checkpoints.copying import Quantisation
+from spmd_infer.checkpoints.manifest import ModelEntry
 from spmd_infer.checkpoints.mesh_boxes import MeshLayout
 from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.native_store import store
 from spmd_infer.checkpoints.safetensors_reader import INDEX_NAME
+from spmd_infer.checkpoints.safetensors_writer import store_hugging_face
 from spmd_infer.conversion import Changes, prepare
 from spmd_infer.errors import CheckpointError, MeshError
 from spmd_infer.mesh import MeshSpec
@@ -98,6 +102,32 @@ def test_resharding_2x4_to_8x1_to_1x8_and_back_to_a_folder_is_bit_identical(llam
     same(llama, back)
     assert (back / "tokenizer_config.json").read_bytes() == (llama / "tokenizer_config.json").read_bytes()
     assert json.loads((back / "config.json").read_text()) == CONFIG | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_columns_put_together_again_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+    values = np.random.default_rng(5).integers(0, 255, (2048, 12288)).astype(np.uint8).view(np.float16)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    layout = MeshLayout(MeshSpec.parse("model=4"), 1, AxisRules())
+    by_columns, whole = tmp_path / "columns", tmp_path / "whole"
+    source = open_checkpoint(tmp_path / "w.safetensors")
+    store(source, by_columns, model=ModelEntry(), axes={"w": ("embed", "mlp")}, layout=layout)
+    reader = open_checkpoint(by_columns)
+    assert isinstance(reader, NativeReader)
+    assert all(chunk.stop[1] - chunk.start[1] == 1536 for chunk in reader.manifest.arrays["w"].chunks)
+    read, genuine = [], os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        read.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), len(buffers[0])))
+        return genuine(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    if to == "native":
+        store(reader, whole, model=ModelEntry())
+    else:
+        store_hugging_face(reader, whole)
+    assert sum(count for name, count in read if name.startswith(str(by_columns / "data"))) == values.nbytes
+    same(source, whole)
 
 
 def test_each_hosts_pieces_lie_in_its_own_files(llama: Path, tmp_path: Path) -> None:

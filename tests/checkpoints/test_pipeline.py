@@ -74,7 +74,8 @@ def test_an_error_is_raised_and_the_rest_is_dropped() -> None:
     with pytest.raises(KeyError, match="three"):
         many()
     assert acted == [0, 1, 2]
-    assert len(begun) <= 4 + workers()
+    # While number 3 is at work, every other thread ends what it has, and may begin one more.
+    assert len(begun) <= 4 + 2 * (workers() - 1)
     assert running() == []
 
 
