@@ -10,6 +10,7 @@ them so, ``spmd_infer.models.dense`` multiplies by them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,9 @@ class Linear(nnx.Module):
         axes: logical axes of the weight, ``(out, in)``.
         use_bias: whether there is a bias; it carries the ``out`` axis.
         rngs: source of the initial weights.
+
+    Attributes:
+        adapters: what ``spmd_infer.models.adapters`` adds for each row; None where no row has an adapter.
     """
 
     def __init__(
@@ -40,10 +44,14 @@ class Linear(nnx.Module):
         self.weight_scale: nnx.Param[jax.Array] | None = nnx.data(None)
         self.rotation = 0
         self.bias = nnx.Param(jnp.zeros((out_features,)), axes=axes[:1]) if use_bias else None
+        self.in_features, self.out_features = in_features, out_features
+        self.adapters: Callable[[jax.Array], jax.Array] | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Project ``x [..., in]`` to ``[..., out]``."""
         y = _project(x, self)
+        if self.adapters is not None:
+            y = y + self.adapters(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)

@@ -31,7 +31,11 @@ from spmd_infer.cli.reading import read_texts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from spmd_infer.generation.generation_options import GenerationOptions
     from spmd_infer.generation.speculation import PromptLookup
+
+
+_NONE = "none"
 
 
 def generate(
@@ -66,6 +70,17 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Load a LoRA adapter, as PEFT saves it; may be repeated."),
+    ] = None,
+    use: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|none",
+            help="The adapter of all prompts, or given once for each; not needed with one --adapter for all.",
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     mesh: Mesh = "auto",
     devices: Devices = None,
@@ -79,8 +94,10 @@ def generate(
     """Continue prompts; one prompt streams as it is written."""
     found = read_texts(prompts, file, "prompts")
     drafts = None if speculate is None else _speculation(speculate)
+    folders = _adapter_folders(adapter or [])
+    uses = _uses(use or [], list(folders), len(found))
     engine = load(model, mesh, devices, dtype, verify=verify, quantize=quantize, quiet=as_json)
-    from spmd_infer import GenerationOptions, SamplingParams
+    from spmd_infer import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -90,14 +107,17 @@ def generate(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    if drafts is not None or cache_dtype != "auto":
-        engine.task("generate", GenerationOptions(speculation=drafts, cache_dtype=cache_dtype))
+    if drafts is not None or cache_dtype != "auto" or folders:
+        engine.task("generate", _options(drafts, cache_dtype, folders))
+    for name, folder in folders.items():
+        engine.load_adapter(name, folder)
     if trace is not None:
         from spmd_infer.generation.trace import Trace
 
         engine.task("generate").loop.trace = Trace()
     begin = time.perf_counter()
-    completions = engine.generate(found, params, chat=chat, on_text=None if as_json else _printer(found, chat))
+    told = None if as_json else _printer(found, chat)
+    completions = engine.generate(found, params, chat=chat, adapter=uses, on_text=told)
     seconds = time.perf_counter() - begin
     if trace is not None:
         engine.task("generate").loop.trace.write(trace)
@@ -113,13 +133,14 @@ def generate(
                         "text": completion.text,
                         "token_ids": completion.token_ids,
                         "finish_reason": completion.finish_reason,
+                        "adapter": name,
                         "prompt_tokens": completion.prompt_tokens,
                         "drafted_tokens": completion.drafted_tokens,
                         "accepted_tokens": completion.accepted_tokens,
                         "ttft_s": completion.ttft_s,
                         "decode_tokens_per_s": completion.decode_tokens_per_s,
                     }
-                    for prompt, completion in zip(found, completions, strict=True)
+                    for prompt, name, completion in zip(found, uses, completions, strict=True)
                 ],
             }
         )
@@ -133,6 +154,51 @@ def generate(
     accepted = sum(completion.accepted_tokens for completion in completions)
     right = f", {accepted} of {drafted} drafts right" if drafts is not None else ""
     note(f"{new} tokens: {timing(engine, seconds)}{right}")
+
+
+def _adapter_folders(asked: list[str]) -> dict[str, Path]:
+    """The folder of each adapter by its name."""
+    from spmd_infer.errors import TaskError
+
+    folders: dict[str, Path] = {}
+    for each in asked:
+        name, equals, folder = each.partition("=")
+        if not (name and equals and folder) or name == _NONE or name in folders:
+            raise TaskError(f"--adapter takes NAME=FOLDER, each name once and none of them {_NONE!r}; got {each!r}")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _uses(asked: list[str], names: list[str], prompts: int) -> list[str | None]:
+    """Which adapter each prompt uses."""
+    from spmd_infer.errors import TaskError
+
+    if not asked:
+        if len(names) > 1:
+            raise TaskError(f"say with --use which of the adapters {', '.join(names)} the prompts use")
+        asked = names or [_NONE]
+    unknown = next((name for name in asked if name not in (*names, _NONE)), None)
+    if unknown is not None:
+        raise TaskError(f"--use {unknown}: there is no such adapter; given are {', '.join(names) or 'none'}")
+    if len(asked) not in (1, prompts):
+        raise TaskError(f"there are {prompts} prompts but {len(asked)} --use; give one for all, or one for each")
+    each = asked * prompts if len(asked) == 1 else asked
+    return [None if name == _NONE else name for name in each]
+
+
+def _options(drafts: PromptLookup | None, cache_dtype: str, folders: dict[str, Path]) -> GenerationOptions:
+    """With room for these adapters."""
+    from spmd_infer import GenerationOptions
+    from spmd_infer.checkpoints.lora import LoraAdapter
+
+    adapters = [LoraAdapter.open(folder) for folder in folders.values()]
+    ranks = [adapter.rank(part) for adapter in adapters for part in adapter.parts]
+    return GenerationOptions(
+        speculation=drafts,
+        cache_dtype=cache_dtype,
+        max_adapters=max(1, len(folders)),
+        max_adapter_rank=max(ranks, default=1),
+    )
 
 
 def _speculation(asked: str) -> PromptLookup:

@@ -45,7 +45,7 @@ def best_offer(sequence: Sequence, parts: Many[Part], budgets: Many[int], limits
         if budget <= 0 or not part.has_slot:
             continue
         found = unused = 0
-        if limits.prefix_cache:
+        if limits.prefix_cache and not sequence.fresh:
             # The last token is computed even when all are known: its logits are asked for.
             most = (len(sequence.tokens) - 1) // size
             found, unused = part.pool.find(part.digests(sequence, most))

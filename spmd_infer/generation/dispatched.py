@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from spmd_infer.generation.prompt_scores import PromptScores
 from spmd_infer.generation.requests import Request, Scores
 from spmd_infer.generation.speculation import Pace
 from spmd_infer.generation.steps import Chosen
@@ -67,6 +68,36 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class DispatchedScores:
+    """A chunk whose prompts' tokens are scored.
+
+    Attributes:
+        scores: for every position of every row.
+        rows: for each request that takes some: its part and row, and where they are: in its text, and in the row.
+        name: what it ran.
+    """
+
+    scores: PromptScores
+    rows: tuple[tuple[Request, int, int, range, int], ...]
+    name: str = "score"
+
+    def wait(self) -> None:
+        """Until the devices have done it."""
+        jax.block_until_ready(self.scores)
+
+    def read(self) -> list[Brought]:
+        """Write the scores down in their requests; brings no tokens."""
+        host = fetch(self.scores)
+        for request, part, row, positions, first in self.rows:
+            there, here = slice(positions.start, positions.stop), slice(first, first + len(positions))
+            kept, most = request.prompt_scores, request.params.prompt_logprobs or 0
+            kept.logprobs[there] = host.logprobs[part, row, here]
+            kept.top_ids[there] = host.top_ids[part, row, here, :most]
+            kept.top_logprobs[there] = host.top_logprobs[part, row, here, :most]
+        return []
+
+
+@dataclass(frozen=True)
 class DispatchedDrafts:
     """A step that tries drafts.
 
@@ -97,3 +128,7 @@ class DispatchedDrafts:
             found.append(Brought(request, tokens[:count], drafted=drafted))
         self.pace.observe(len(self.rows), accepted)
         return found
+
+
+DispatchedStep = Dispatched | DispatchedDrafts | DispatchedScores
+"""Whatever the loop reads one step late."""

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from spmd_infer.generation.adapters import Adapters
 from spmd_infer.generation.attention_choice import AttentionChoice
 from spmd_infer.generation.batches import Ints, Layout, page_arrays
-from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, Taking
+from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, DispatchedStep, Taking
 from spmd_infer.generation.kv_pages import page_bytes
 from spmd_infer.generation.page_tables import PageTables
 from spmd_infer.generation.prompt_chunks import (
@@ -27,6 +28,8 @@ from spmd_infer.generation.prompt_chunks import (
     entering_arrays,
     pages_before,
     pages_for,
+    scored,
+    target_arrays,
 )
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.rule_book import RuleBook
@@ -38,6 +41,7 @@ from spmd_infer.generation.step_plan import PrefillChunk
 from spmd_infer.generation.step_programs import StepPrograms, power_of_two
 from spmd_infer.generation.steps import Choice, Rows
 from spmd_infer.generation.token_rules import rule_flags
+from spmd_infer.models.adapters import RowAdapters
 from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.models.page_view import PageView
 
@@ -59,6 +63,7 @@ class Executor:
         num_pages: pages of each part to begin with.
         cache_dtype: what the cache holds, as ``CacheFormat.of`` takes it.
         speculation: where drafts come from; None for none.
+        adapters: those that requests may have; None for none.
     """
 
     def __init__(
@@ -71,27 +76,45 @@ class Executor:
         num_pages: int,
         cache_dtype: str = "auto",
         speculation: Speculation | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        self._config, self._eos_ids = config, frozenset(eos_ids)
+        self._engine, self._config, self._eos_ids = engine, config, frozenset(eos_ids)
+        self._adapters, self._speculation = adapters, speculation
         self._parts, self._slots = engine.data_parts, slots
+        self._cache_dtype = cache_dtype
         platform = engine.mesh.devices.flat[0].platform
         self._format = CacheFormat.of(cache_dtype, platform, jnp.result_type(engine.dtype, jnp.bfloat16))
         self._programs = StepPrograms(engine, config, self._format)
         self._attention = AttentionChoice(engine, config, self._format)
-        rows = SamplingArrays(**sampling_arrays([], eos_ids, most_stops=MOST_STOPS))  # type: ignore[arg-type]  # numpy
+        self._num_pages = num_pages
+        self._start(num_pages)
+
+    def _start(self, num_pages: int) -> None:
+        rows = SamplingArrays(**sampling_arrays([], self._eos_ids, most_stops=MOST_STOPS))  # type: ignore[arg-type]  # numpy
         self._state: Slots = self._programs.laid_out("slots", lambda _: self._empty_state(rows))
-        self._book = RuleBook(self._programs, parts=self._parts, slots=slots, vocab_size=config.vocab_size)
+        self._book = RuleBook(self._programs, parts=self._parts, slots=self._slots, vocab_size=self._config.vocab_size)
         self._pages = self._programs.zeros(num_pages)
         self._speculator: Speculator | None = None
-        if speculation is not None:
+        if self._speculation is not None:
             self._speculator = Speculator(
-                engine, config, speculation, slots=slots, num_pages=num_pages, cache_dtype=cache_dtype
+                self._engine,
+                self._config,
+                self._speculation,
+                slots=self._slots,
+                num_pages=num_pages,
+                cache_dtype=self._cache_dtype,
             )
+
+    def restart(self) -> None:
+        """Empty slots and pages, after a step that failed: what it took may be gone."""
+        for name in ("_pages", "_state", "_book", "_speculator"):
+            self.__dict__.pop(name, None)  # so that there is room for new ones
+        self._start(self.num_pages)
 
     @property
     def num_pages(self) -> int:
         """Pages of each part."""
-        return self._pages.num_pages
+        return self._num_pages
 
     @property
     def page_bytes(self) -> int:
@@ -102,7 +125,7 @@ class Executor:
     def resize(self, num_pages: int, moves: Sequence[tuple[int, int, int]]) -> None:
         """Grow or shrink every part's pool, after moving pages ``(part, source, destination)``."""
         self.copy(moves)
-        self._pages = self._programs.resized(self._pages, num_pages)
+        self._pages, self._num_pages = self._programs.resized(self._pages, num_pages), num_pages
         if self._speculator is not None:
             self._speculator.resize(num_pages)
 
@@ -117,7 +140,7 @@ class Executor:
         if self._speculator is not None:
             self._speculator.copy(sources, targets)
 
-    def prefill(self, chunks: Sequence[PrefillChunk], requests: Sequence[Request]) -> list[Dispatched]:
+    def prefill(self, chunks: Sequence[PrefillChunk], requests: Sequence[Request]) -> list[DispatchedStep]:
         """Run chunks of prompts; those of near lengths together.
 
         Args:
@@ -125,26 +148,36 @@ class Executor:
             requests: whose each is.
 
         Returns:
-            The first tokens of the requests whose prompts end here.
+            The first tokens of the requests whose prompts end here, after the scores of those that ask for them.
         """
         spans = [Span.of(chunk, request) for chunk, request in zip(chunks, requests, strict=True)]
         groups = by_kind(spans).items()
-        return [found for kind, group in groups if (found := self._prefill_group(kind, group)) is not None]
+        return [step for kind, group in groups for step in self._prefill_group(kind, group)]
 
-    def _prefill_group(self, kind: ChunkKind, spans: Sequence[Span]) -> Dispatched | None:
+    def _prefill_group(self, kind: ChunkKind, spans: Sequence[Span]) -> list[DispatchedStep]:
         bucket = partial(self._programs.buckets.fit, f"prefill_{kind.length}_{kind.earlier}")
         layout = Layout.of([span.chunk.sequence.part for span in spans], self._parts, bucket)
         chunk = chunk_arrays(layout, spans, kind.length)
         if not kind.earlier:
             chunk = replace(chunk, way=self._attention.of_prompts(layout.rows, kind.length))
+        if kind.adapted:
+            chunk = replace(chunk, adapters=self._adapters_of(layout, [span.request for span in spans]))
         tables = pages_before(layout, spans, kind.earlier) if kind.earlier else None
         targets = pages_for(layout, spans, kind.length, nowhere=self.num_pages)
         earlier = None if tables is None else self._programs.gather(self._pages, tables)
-        logits, keys, values = self._programs.prefill(earlier, chunk)
+        done: list[DispatchedStep] = []
+        if kind.num_top is None:
+            logits, keys, values = self._programs.prefill(earlier, chunk)
+        else:
+            asked = target_arrays(layout, spans, kind)
+            logits, keys, values, scores = self._programs.prefill_scored(earlier, chunk, asked)
+            done.append(scored(layout, spans, scores))
         self._pages = self._programs.insert(self._pages, keys, values, targets)
         if self._speculator is not None:
             self._speculator.prefill(chunk, tables, targets)
-        return self._enter(kind, layout, spans, logits) if any(span.chunk.last for span in spans) else None
+        if any(span.chunk.last for span in spans):
+            done.append(self._enter(kind, layout, spans, logits))
+        return done
 
     def _enter(self, kind: ChunkKind, layout: Layout, spans: Sequence[Span], logits: jax.Array) -> Dispatched:
         """Choose what follows the prompts that end."""
@@ -179,7 +212,8 @@ class Executor:
         view = PageView(**vars(page_arrays(layout, slots, tables)))
         if self._speculator is None:  # whose view is for two models, and steps of several lengths
             view = self._attention.for_step(view, max(len(r.prompt_ids) + len(r.token_ids) for r in requests))
-        rows = Rows(slots=slots, view=view)  # type: ignore[arg-type]  # numpy
+        adapters = self._adapters_of(layout, requests)
+        rows = Rows(slots=slots, view=view, adapters=adapters)  # type: ignore[arg-type]  # numpy
         step = tuple((request, part, row) for request, (part, row) in zip(requests, layout.places, strict=True))
         params = [request.params for request in requests]
         ruled = any(p.needs_rules for p in params)
@@ -210,6 +244,9 @@ class Executor:
         if self._speculator is not None:
             self._speculator.note(self._state, slots)
         return Dispatched("decode", chosen, step)
+
+    def _adapters_of(self, layout: Layout, requests: Sequence[Request]) -> RowAdapters | None:
+        return None if self._adapters is None else self._adapters.rows(layout, [each.adapter for each in requests])
 
     def _empty_state(self, rows: SamplingArrays) -> Slots:
         def zeros() -> jax.Array:  # a buffer each, since each is donated

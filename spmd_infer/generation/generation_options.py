@@ -25,6 +25,8 @@ class GenerationOptions:
         speculation: where drafts of tokens come from that a step then tries at once: ``PromptLookup()`` for the text
             itself, ``Draft(engine=...)`` for a smaller model. Tokens stay the same. Requests with rules about single
             tokens, and those in one batch with them, go without.
+        max_adapters: LoRA adapters that may be loaded at a time; their memory is taken with the first.
+        max_adapter_rank: the largest rank of one; what each costs depends on this, not on its own.
         salt: secret that these are named with; by default drawn.
     """
 
@@ -36,4 +38,6 @@ class GenerationOptions:
     chunked: bool = True
     prefix_cache: bool = True
     speculation: Speculation | None = None
+    max_adapters: int = 4
+    max_adapter_rank: int = 16
     salt: bytes = field(default=b"", repr=False)

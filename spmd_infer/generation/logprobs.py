@@ -18,7 +18,7 @@ def score_tokens(logits: jax.Array, tokens: jax.Array, count: int) -> Scores:
     Args:
         logits: ``[B, V]`` float32, the model's own: the result is their log-softmax.
         tokens: ``[B]`` int32; one outside the vocabulary has minus infinity.
-        count: how many of the likeliest, at most V.
+        count: how many of the likeliest, at most V; 0 for none, which is cheaper.
 
     Returns:
         ``[B]`` float32, ``[B, count]`` int32 in falling order (of equals the lower id first), ``[B, count]`` float32.
@@ -33,6 +33,8 @@ def score_tokens(logits: jax.Array, tokens: jax.Array, count: int) -> Scores:
         # A reduction over a mask, not a gather: XLA on CPU fuses it with the other passes over the logits.
         own = jnp.where(jnp.arange(here) == place[:, None], logits, -jnp.inf)
         chosen = shard.max(jnp.max(own, axis=-1)) - normaliser
+        if count == 0:
+            return chosen, *no_scores(len(logits), 0)[1:]
         top, ids = jax.lax.top_k(logits, min(count, here))
         top, ids = shard.gather(top), shard.gather(ids.astype(jnp.int32) + shard.first(here))
         if shard.parts > 1:  # parts come in the order of their ids, and top_k keeps the order of equals

@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from spmd_infer.errors import TaskError
-from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts
+from spmd_infer.generation.adapters import Adapters
+from spmd_infer.generation.dispatched import DispatchedStep
 from spmd_infer.generation.executor import Executor
 from spmd_infer.generation.generation_options import GenerationOptions
 from spmd_infer.generation.kv_pages import PAGE_SIZE
@@ -42,14 +43,21 @@ class GenerationLoop:
         config: the decoder's sizes.
         eos_ids: the model's end tokens.
         options: how to generate.
+        adapters: those that requests may have; None for none.
 
     Attributes:
+        lock: held while a turn is taken, and by whoever changes what turns use.
         times: steps taken, and how long the host worked and waited.
         trace: where the times of everything are written down; None for nowhere.
     """
 
     def __init__(
-        self, engine: Engine, config: Any, eos_ids: Collection[int], options: GenerationOptions | None = None
+        self,
+        engine: Engine,
+        config: Any,
+        eos_ids: Collection[int],
+        options: GenerationOptions | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         options = options or GenerationOptions()
         self._engine, self._config = engine, config
@@ -63,6 +71,7 @@ class GenerationLoop:
             num_pages=_FEWEST_PAGES,
             cache_dtype=options.cache_dtype,
             speculation=options.speculation,
+            adapters=adapters,
         )
         lookahead = options.speculation.k if options.speculation is not None else 0
         self._most_pages = max(1, self._cache_bytes(options) // self._executor.page_bytes // parts)
@@ -82,9 +91,10 @@ class GenerationLoop:
             )
         )
         self._requests: dict[str, Request] = {}
+        self._raised: set[Request] = set()  # whose callers are to be told
         self._wanted_pages = 0
-        self._unread: list[Dispatched | DispatchedDrafts] = []
-        self._lock = threading.RLock()
+        self._unread: list[DispatchedStep] = []
+        self.lock = threading.RLock()
         self.times = LoopTimes()
         self.trace: Trace | None = None
 
@@ -111,20 +121,23 @@ class GenerationLoop:
             requests: one, or several with the same prompt.
             priority: the lower runs first.
             deadline: the latest time to start, on ``clock``.
-            namespace: cached prompts are shared within it only.
+            namespace: cached prompts are shared within it, and with the same adapter, only.
 
         Raises:
-            TaskError: the prompt with the tokens asked for can never run.
+            TaskError: the prompt with the tokens asked for can never run, or its adapter has been dropped.
         """
-        with self._lock:
+        with self.lock:
             first = requests[0]
+            if first.adapter is not None and first.adapter.gone:
+                raise TaskError(f"adapter {first.adapter.name!r} has been dropped")
             sequence = Scheduled(
                 first.request_id,
                 first.prompt_ids,
                 first.params.max_tokens,
                 priority=priority,
                 deadline=deadline,
-                namespace=namespace,
+                fresh=bool(first.scored_ids),
+                namespace=namespace if first.adapter is None else f"{first.adapter.namespace}\0{namespace}",
             )
             self._make_room(sequence, len(requests))
             self._scheduler.add(sequence)
@@ -133,56 +146,102 @@ class GenerationLoop:
                     self._scheduler.fork(first.request_id, request.request_id)
                 request.submitted = self.clock()
                 self._requests[request.request_id] = request
+                if request.adapter is not None:
+                    request.adapter.users += 1
                 self._wanted_pages += self._pages_of(sequence)
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; its pages are free for the next step."""
-        with self._lock:
+        with self.lock:
             if request.finish_reason is None:
                 request.end("cancelled")
                 self._forget(request)
 
     def close(self) -> None:
         """Cancel all that runs or waits."""
-        with self._lock:
+        with self.lock:
             for request in list(self._requests.values()):
                 self.cancel(request)
 
     def run(self, requests: Iterable[Request]) -> None:
-        """Take turns until these requests have ended."""
-        for request in requests:
+        """Take turns until these requests have ended.
+
+        Raises:
+            BaseException: what a request's ``on_text`` raised, as soon as it is seen.
+        """
+        own = list(requests)
+        for request in own:
             while request.finish_reason is None:
                 self.turn()
+                self._raise_for(own)
+        self._raise_for(own)
+
+    def _raise_for(self, requests: Sequence[Request]) -> None:
+        for request in requests if self._raised else ():
+            if request in self._raised and request.raised is not None:
+                self._raised.remove(request)
+                raise request.raised
 
     def turn(self) -> bool:
-        """Plan and dispatch a step, and read the one before; returns whether there is more to do."""
-        with self._lock, self.times.turn(self.clock):
-            with self._spanned("plan"):
-                plan = self._scheduler.plan(self.clock())
-            for sequence in plan.expired:
-                request = self._requests[str(sequence.id)]
-                request.end("deadline")
-                self._forget(request)
-            for sequence in plan.rejected:
-                request = self._requests[str(sequence.id)]
-                request.fail(self._too_long(sequence, self._executor.num_pages))
-                self._forget(request)
-            self._executor.copy(plan.copies)
-            dispatched: list[Dispatched | DispatchedDrafts] = [*self._prefill(plan.prefills)]
-            finish: Callable[[], Dispatched | DispatchedDrafts] | None = None
-            if plan.decodes:
-                entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
-                with self._spanned("dispatch decode", rows=len(entries)):
-                    finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
-            unread, self._unread = self._unread, dispatched
-            for step in unread:
-                self._read(step)
-            if finish is not None:
-                with self._spanned("choose"):
-                    self._unread.append(finish())
+        """Plan and dispatch a step, and read the one before; returns whether there is more to do.
+
+        Where that raises, for want of memory or at an interrupt, all requests go on from the tokens that they have
+        with the next turn, as if no step were on its way.
+        """
+        with self.lock, self.times.turn(self.clock):
+            try:
+                self._turn()
+            except BaseException:
+                self._restart()
+                raise
             return bool(self._requests)
 
-    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list[Dispatched]:
+    def _turn(self) -> None:
+        with self._spanned("plan"):
+            plan = self._scheduler.plan(self.clock())
+        for sequence in plan.expired:
+            request = self._requests[str(sequence.id)]
+            request.end("deadline")
+            self._forget(request)
+        for sequence in plan.rejected:
+            request = self._requests[str(sequence.id)]
+            request.fail(self._too_long(sequence, self._executor.num_pages))
+            self._forget(request)
+        self._executor.copy(plan.copies)
+        dispatched: list[DispatchedStep] = [*self._prefill(plan.prefills)]
+        finish: Callable[[], DispatchedStep] | None = None
+        if plan.decodes:
+            entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
+            with self._spanned("dispatch decode", rows=len(entries)):
+                finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
+        unread, self._unread = self._unread, dispatched
+        for step in unread:
+            self._read(step)
+        if finish is not None:
+            with self._spanned("choose"):
+                self._unread.append(finish())
+
+    def _restart(self) -> None:
+        """Forget the steps on their way and what the devices hold."""
+        self._unread = []
+        for request in list(self._requests.values()):
+            if request.finish_reason is not None or request.request_id not in self._scheduler:  # it ended meanwhile
+                request.end("cancelled")
+                self._forget(request)
+                continue
+            request.num_scored = 0
+            sequence = self._scheduler[request.request_id]
+            del sequence.tokens[sequence.prompt_len + len(request.token_ids) :]
+        self._scheduler.restart()
+        if self._scheduler.num_pages != self._executor.num_pages:  # the pool could not grow
+            self._scheduler.resize(self._executor.num_pages)
+        try:
+            self._executor.restart()
+        except BaseException:
+            self.close()  # the devices are of no more use
+            raise
+
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> list[DispatchedStep]:
         if not chunks:
             return []
         requests = [self._requests[str(chunk.sequence.id)] for chunk in chunks]
@@ -196,7 +255,7 @@ class GenerationLoop:
     def _spanned(self, name: str, **facts: int) -> AbstractContextManager[None]:
         return nullcontext() if self.trace is None else self.trace.span(name, **facts)
 
-    def _read(self, step: Dispatched | DispatchedDrafts) -> None:
+    def _read(self, step: DispatchedStep) -> None:
         traced = nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows))
         with traced, self.times.wait(step.name):
             step.wait()
@@ -207,12 +266,20 @@ class GenerationLoop:
                 continue  # it ended a step before
             now = now or self.clock()
             self._scheduler.accept(request.request_id, tokens)
-            if request.finish_reason is not None or request.take(tokens, scores, now, drafted=drafted):
+            if request.finish_reason is None:
+                request.take(tokens, scores, now, drafted=drafted)
+            if request.raised is not None:
+                request.end("cancelled")
+            if request.finish_reason is not None:
                 self._forget(request)
 
     def _forget(self, request: Request) -> None:
         sequence = self._scheduler.finish(request.request_id)
         del self._requests[request.request_id]
+        if request.adapter is not None:
+            request.adapter.users -= 1
+        if request.raised is not None:
+            self._raised.add(request)
         if sequence is not None:
             self._wanted_pages -= self._pages_of(sequence)
         if self.trace is not None:
@@ -251,7 +318,12 @@ class GenerationLoop:
         current = self._executor.num_pages
         # Not while others wait: the largest of them may need what the mean does not.
         if pages > current or (4 * pages <= current and not self._requests):
-            self._executor.resize(pages, self._scheduler.resize(pages))
+            moves = self._scheduler.resize(pages)
+            try:
+                self._executor.resize(pages, moves)
+            except BaseException:
+                self._restart()
+                raise
 
     def _cache_bytes(self, options: GenerationOptions) -> int:
         if options.cache_bytes is not None:

@@ -27,6 +27,14 @@ class Part:
         self._limits = limits
         self._free_slots = list(range(limits.slots))
 
+    def restart(self) -> None:
+        """Nothing runs, and no page holds anything."""
+        num_pages = self.pool.num_pages
+        self.pool = PagePool(num_pages, self._limits.max_copies)
+        self.tables = PageTables(self._limits.slots, num_pages, self._limits.max_pages)
+        self.running = []
+        self._free_slots = list(range(self._limits.slots))
+
     @property
     def has_slot(self) -> bool:
         """Whether a slot is free."""

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.generation.batches import Ints, Layout
+from spmd_infer.generation.dispatched import DispatchedScores
 from spmd_infer.generation.kv_pages import PAGE_SIZE
+from spmd_infer.generation.prompt_scores import PromptScores, Targets
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling import SamplingArrays, sampling_arrays
 from spmd_infer.generation.sampling_params import SamplingParams
@@ -33,11 +35,15 @@ class ChunkKind:
         length: positions of each.
         earlier: pages before each, at most; 0 where all begin their prompts.
         ruled: whether they have rules about single tokens.
+        adapted: whether they have adapters.
+        num_top: how many of the likeliest tokens to find beside each of the prompt; None where none is to be scored.
     """
 
     length: int
     earlier: int
     ruled: bool
+    adapted: bool
+    num_top: int | None
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,22 @@ class Span:
     def kind(self) -> ChunkKind:
         """Which programs run it."""
         return ChunkKind(
-            chunk_length(len(self.tokens)), earlier_pages(self.start // PAGE_SIZE), self.request.params.needs_rules
+            chunk_length(len(self.tokens)),
+            earlier_pages(self.start // PAGE_SIZE),
+            ruled=self.request.params.needs_rules,
+            adapted=self.request.adapter is not None,
+            num_top=None if self.scored is None else self.request.num_top,
         )
+
+    @property
+    def scored(self) -> range | None:
+        """The positions whose next tokens are to be scored; None where there are none.
+
+        A request that lost its pages is run again, and not scored again.
+        """
+        end = min(self.start + len(self.tokens), len(self.request.scored_ids) - 1)
+        positions = range(max(self.start, self.request.num_scored), end)
+        return positions if positions else None
 
 
 def by_kind(spans: Sequence[Span]) -> dict[ChunkKind, list[Span]]:
@@ -86,6 +106,29 @@ def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int) -> Chunk:
         starts=layout.ints([span.start for span in spans]),  # type: ignore[arg-type]
         counts=layout.ints([len(span.tokens) for span in spans], fill=1),  # type: ignore[arg-type]
     )
+
+
+def target_arrays(layout: Layout, spans: Sequence[Span], kind: ChunkKind) -> Targets:
+    """The tokens to score in spans of one kind."""
+    lines = []
+    for span in spans:
+        line = [-1] * kind.length
+        positions = span.scored or range(0)
+        first = positions.start - span.start
+        line[first : first + len(positions)] = span.request.scored_ids[positions.start + 1 : positions.stop + 1]
+        lines.append(line)
+    assert kind.num_top is not None
+    return Targets(layout.lines(lines, kind.length, fill=-1), kind.num_top)  # type: ignore[arg-type]  # numpy
+
+
+def scored(layout: Layout, spans: Sequence[Span], scores: PromptScores) -> DispatchedScores:
+    """The scores of such a step on their way to the requests, which are told that they need not be found again."""
+    rows = []
+    for span, (part, row) in zip(spans, layout.places, strict=True):
+        if (positions := span.scored) is not None:
+            rows.append((span.request, part, row, positions, positions.start - span.start))
+            span.request.num_scored = positions.stop
+    return DispatchedScores(scores, tuple(rows))
 
 
 def entering_arrays(layout: Layout, spans: Sequence[Span], eos_ids: Collection[int], nobody: int) -> Entering:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.errors import TaskError
+from spmd_infer.generation.adapters import Adapter
 from spmd_infer.generation.constraints import Constraint
 from spmd_infer.generation.detokenizer import Detokenizer
-from spmd_infer.generation.sampling_params import SamplingParams
+from spmd_infer.generation.sampling_params import MAX_LOGPROBS, SamplingParams
 from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.token_rules import TokenIds
 from spmd_infer.generation.token_state import token_bits
@@ -36,6 +37,21 @@ class Scores:
     top_logprobs: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class TextScores:
+    """The log-probability of each token of a text after the first, and the likeliest tokens in its place.
+
+    Attributes:
+        logprobs: ``[T - 1]`` float32.
+        top_ids: ``[T - 1, N]`` int32, in falling order; N as ``SamplingParams.prompt_logprobs`` asks.
+        top_logprobs: ``[T - 1, N]`` float32.
+    """
+
+    logprobs: npt.NDArray[np.float32]
+    top_ids: npt.NDArray[np.int32]
+    top_logprobs: npt.NDArray[np.float32]
+
+
 class Request:
     """One continuation of one prompt.
 
@@ -48,13 +64,18 @@ class Request:
         vocab_size: of the model.
         bad_words: token sequences that may not come.
         constraint: keeps its text in shape; None where any text will do.
+        adapter: changes the model for it; None for the model itself.
         on_text: called with each piece of text as it becomes certain.
 
     Attributes:
+        scored_ids: tokens whose log-probabilities are to be found beside it; none unless ``score`` says so.
+        num_scored: tokens of the prompt whose scores are known or on their way.
+        prompt_scores: of each token of ``scored_ids`` after the first.
         token_ids: what was generated, the token that ended it included.
         scores: of each token, where the parameters ask for them.
         finish_reason: None while it runs.
         error: what went wrong, where the finish reason is ``"error"``.
+        raised: what ``on_text`` raised; it is called no more then.
         stop_reason: the token or string that ended it; None for the model's own end tokens and other reasons.
         submitted: when it was handed in, in seconds.
         started: when its prompt was first run.
@@ -76,6 +97,7 @@ class Request:
         vocab_size: int,
         bad_words: Sequence[TokenIds] = (),
         constraint: Constraint | None = None,
+        adapter: Adapter | None = None,
         on_text: Callable[[str], None] | None = None,
         submitted: float = 0.0,
     ) -> None:
@@ -84,10 +106,13 @@ class Request:
         self.params = params
         self.bad_words = bad_words
         self.constraint = constraint
+        self.adapter = adapter
+        self.score(())
         self.token_ids: list[int] = []
         self.scores: list[Scores] = []
         self.finish_reason: FinishReason | None = None
         self.error: TaskError | None = None
+        self.raised: BaseException | None = None
         self.stop_reason: int | str | None = None
         self.submitted = submitted
         self.started: float | None = None
@@ -108,6 +133,18 @@ class Request:
         """Have pieces of text told to ``guard(on_text)`` instead of ``on_text``."""
         if self._on_text is not None:
             self._on_text = guard(self._on_text)
+
+    def score(self, ids: Sequence[int]) -> None:
+        """Ask for the log-probabilities of its prompt's tokens, before it is submitted.
+
+        Args:
+            ids: the prompt, or the prompt and a token after it.
+        """
+        self.scored_ids, self.num_scored = ids, 0
+        most, kept = max(0, len(ids) - 1), self.params.prompt_logprobs or 0
+        self.prompt_scores = TextScores(
+            np.zeros(most, np.float32), np.zeros((most, kept), np.int32), np.zeros((most, kept), np.float32)
+        )
 
     @property
     def text(self) -> str:
@@ -170,6 +207,11 @@ class Request:
         self.end("error")
 
     @property
+    def num_top(self) -> int:
+        """How many of the likeliest tokens its prompt's program finds: a program is compiled for none or the most."""
+        return MAX_LOGPROBS if self.params.prompt_logprobs else 0
+
+    @property
     def mask_rule(self) -> Constraint | npt.NDArray[np.uint32] | None:
         """What says which tokens may come next; None where all may."""
         return self.constraint if self.constraint is not None else self._allowed
@@ -192,5 +234,8 @@ class Request:
     def _write(self, text: str) -> None:
         if text:
             self._pieces.append(text)
-            if self._on_text is not None:
-                self._on_text(text)
+            if self._on_text is not None and self.raised is None:
+                try:
+                    self._on_text(text)
+                except BaseException as error:  # the caller's, for the caller: others share this turn
+                    self.raised = error

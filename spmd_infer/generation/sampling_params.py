@@ -54,7 +54,8 @@ class SamplingParams:
             one is unlikely, ``"never"`` where it is impossible.
         logprobs: return the log-probability of each chosen token and of so many likeliest ones; None for none. They
             are the model's own, before any of the changes that these parameters ask for.
-        prompt_logprobs: the same for the prompt's tokens.
+        prompt_logprobs: the same for the prompt's tokens after the first, with any number of others beside it. Such a
+            prompt is computed whole, whatever earlier prompts have left.
         stop: strings that end the text.
         stop_token_ids: tokens that end it, besides the model's own end tokens.
         include_stop_str_in_output: leave the stop string at the end of the text.
@@ -222,7 +223,7 @@ class SamplingParams:
         if self.num_beams > 1:
             self._exclude(
                 *("num_beams", "temperature", "structured_outputs", "allowed_token_ids", "bad_words", "logit_bias"),
-                *("repetition_penalty", "frequency_penalty", "presence_penalty", "best_of"),
+                *("repetition_penalty", "frequency_penalty", "presence_penalty", "best_of", "prompt_logprobs"),
             )
             if self.n > self.num_beams:
                 raise TaskError(

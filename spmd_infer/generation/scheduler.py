@@ -68,6 +68,11 @@ class Scheduler:
         return list(self._sequences)
 
     @property
+    def num_pages(self) -> int:
+        """Pages of each part."""
+        return self._num_pages
+
+    @property
     def num_waiting(self) -> int:
         """Sequences in the queue."""
         return len(self._waiting)
@@ -236,6 +241,23 @@ class Scheduler:
             if chunk.last:
                 self._release_children(chunk.sequence)
         return plan
+
+    def restart(self) -> None:
+        """Begin again after a step that failed, so that nobody knows what the devices hold.
+
+        Sequences keep the tokens that were accepted and queue at their old ranks; steps on the way count as never
+        planned, and no page holds anything.
+        """
+        for sequence in self._sequences.values():
+            sequence.slot, sequence.pages, sequence.room = None, [], 0
+            sequence.computed = sequence.in_flight = sequence.registered = 0
+            sequence.flights.clear()
+            if sequence.state is State.HELD:
+                continue
+            sequence.parent = None
+            if sequence.state is not State.WAITING:
+                self._waiting.push(sequence)
+        self._planner.restart()
 
     def resize(self, num_pages: int) -> list[tuple[int, int, int]]:
         """Grow or shrink every part's pool, between steps. The next plan rejects the sequences that fit no longer.

@@ -36,6 +36,7 @@ class Sequence:
         priority: the lower runs first.
         deadline: the latest time to start it, on the clock of ``Scheduler.plan``; None for any time.
         namespace: it shares cached pages only with sequences of the same one: an adapter's name, an API key's salt.
+        fresh: compute every position, since more is asked of them than keys and values; others may take its pages.
 
     Attributes:
         tokens: the prompt and the tokens accepted since.
@@ -60,6 +61,7 @@ class Sequence:
         "deadline",
         "digests",
         "flights",
+        "fresh",
         "id",
         "in_flight",
         "max_tokens",
@@ -91,6 +93,7 @@ class Sequence:
         priority: int = 0,
         deadline: float | None = None,
         namespace: str = "",
+        fresh: bool = False,
     ) -> None:
         self.id = id
         self.tokens = [int(token) for token in prompt]
@@ -99,6 +102,7 @@ class Sequence:
         self.priority = priority
         self.deadline = deadline
         self.namespace = namespace
+        self.fresh = fresh
         self.state = State.ENDED
         self.computed = 0
         self.in_flight = 0

@@ -49,7 +49,8 @@ class Draft:
     """Drafts from a smaller model with the same tokens.
 
     Attributes:
-        engine: holds it, on the same devices with as many data parts.
+        engine: holds it, on the same devices with as many data parts. Where the larger model is moved to another mesh,
+            it is moved too.
         k: drafts a step.
         adaptive: stop for a while where too few drafts are right. What is generated meanwhile the smaller model does
             not see.

@@ -195,6 +195,7 @@ class DraftModel:
 
     def propose(self, state: Slots, tokens: jax.Array, rows: Rows, flags: Any, k: int) -> jax.Array:
         """Dispatch ``k`` steps from the texts' last two tokens ``[D, b, 2]``; gives drafts ``[D, b, k]``."""
+        rows = replace(rows, adapters=None)
         found = []
         for ahead in range(k):
             tokens, self._pages = self._step(self._pages, state, tokens, np.int32(ahead), rows, flags)
@@ -204,7 +205,7 @@ class DraftModel:
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
         """See ``Speculator.prefill``."""
         pages = None if earlier is None else self._gather(self._pages, earlier)
-        keys, values = self._prefill(pages, replace(chunk, way=XLA))
+        keys, values = self._prefill(pages, replace(chunk, way=XLA, adapters=None))
         self._pages = self._insert(self._pages, keys, values, targets)
 
     def copy(self, sources: Any, targets: Any) -> None:

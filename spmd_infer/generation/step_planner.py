@@ -40,6 +40,12 @@ class StepPlanner:
         for part in self._parts:
             plan.copies.extend((part.index, *copy) for copy in part.pool.take_copies())
 
+    def restart(self) -> None:
+        """Forget what runs, and what its pages hold."""
+        self._prefilling.clear()
+        for part in self._parts:
+            part.restart()
+
     def vacate(self, sequence: Sequence) -> None:
         """Take slot and pages from a sequence that has them. The caller sets its state."""
         if sequence.state is State.PREFILL:

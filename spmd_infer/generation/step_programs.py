@@ -10,7 +10,7 @@ import jax
 
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
 from spmd_infer.generation.slots import slot_axes
-from spmd_infer.generation.steps import choose, enter, forward, prefill
+from spmd_infer.generation.steps import choose, enter, forward, prefill, prefill_scored
 from spmd_infer.models.cache_formats import CacheFormat
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class StepPrograms:
 
     Attributes:
         prefill: ``steps.prefill``.
+        prefill_scored: ``steps.prefill_scored``.
         enter: ``steps.enter``.
         forward: ``steps.forward``.
         choose: ``steps.choose``.
@@ -41,6 +42,9 @@ class StepPrograms:
         axes = pages_axes(config, fmt)
         jit = partial(engine.jit, phase="decode")
         self.prefill = engine.jit(f"prefill_{fmt.name}", partial(prefill, fmt=fmt), phase="prefill")
+        self.prefill_scored = engine.jit(
+            f"prefill_scored_{fmt.name}", partial(prefill_scored, fmt=fmt), phase="prefill"
+        )
         self.enter = jit("enter", enter, donate=(1, 2))
         self.forward = jit("decode", forward, donate=(0,))
         self.choose = jit("choose", choose, donate=(1, 2))

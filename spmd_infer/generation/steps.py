@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from spmd_infer.axes import ATTN_BATCH, BATCH, VOCAB, constrain
 from spmd_infer.generation.cache import CacheSizes
 from spmd_infer.generation.kv_pages import KVPages
+from spmd_infer.generation.prompt_scores import PromptScores, Targets, score_chunk
 from spmd_infer.generation.sampling import SamplingArrays, sample, sample_by_rules
 from spmd_infer.generation.sampling_params import MAX_LOGPROBS
 from spmd_infer.generation.slots import SlotRules, Slots, flat, put, take
+from spmd_infer.models.adapters import RowAdapters
 from spmd_infer.models.attention import LayerCache
 from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
@@ -69,12 +71,14 @@ class Chunk:
         starts: ``[D, b]`` int32, where each begins in its prompt.
         counts: ``[D, b]`` int32, tokens of each, at least 1.
         way: how chunks that begin their prompts are attended over, one of ``prompt_attention.PROMPT_WAYS``.
+        adapters: the adapter of each; None where no row has one.
     """
 
     input_ids: jax.Array
     starts: jax.Array
     counts: jax.Array
     way: str = field(default=XLA, metadata={"static": True})
+    adapters: RowAdapters | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -108,10 +112,12 @@ class Rows:
     Attributes:
         slots: ``[D, b]`` int32; the last slot for a row that only fills up.
         view: which pages they use; its ``limits`` are 1 for rows that run and 0 for those that only fill up.
+        adapters: as for ``Chunk``.
     """
 
     slots: jax.Array
     view: PageView
+    adapters: RowAdapters | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -151,8 +157,20 @@ def prefill(
         values ``[D b, T, K, H]`` of each layer.
     """
     x, keys, values = run_chunk(model, earlier, chunk, fmt)
+    return _last_logits(model, x, chunk), keys, values
+
+
+def prefill_scored(
+    model: Decoder, earlier: tuple[Layers, Layers] | None, chunk: Chunk, targets: Targets, *, fmt: CacheFormat
+) -> tuple[jax.Array, Layers, Layers, PromptScores]:
+    """As ``prefill``, and scores of the chunk's tokens."""
+    x, keys, values = run_chunk(model, earlier, chunk, fmt)
+    return _last_logits(model, x, chunk), keys, values, score_chunk(model.logits, x, targets)
+
+
+def _last_logits(model: Decoder, x: jax.Array, chunk: Chunk) -> jax.Array:
     last = jnp.take_along_axis(x, (flat(chunk.counts) - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
-    return constrain(model.logits(last), BATCH, VOCAB), keys, values
+    return constrain(model.logits(last), BATCH, VOCAB)
 
 
 def enter(
@@ -188,6 +206,8 @@ def run_chunk(
     positions = starts[:, None] + jnp.arange(chunk.input_ids.shape[-1])
     before = list(zip(*earlier, strict=True)) if earlier is not None else [None] * model.config.num_layers
     caches = [ChunkCache(starts, fmt, pages, chunk.way) for pages in before]
+    if chunk.adapters is not None:
+        chunk.adapters.onto(model)
     x, done = model.hidden(flat(chunk.input_ids), positions, caches)
     keys = tuple(cache.keys for cache in done if cache.keys is not None)
     values = tuple(cache.values for cache in done if cache.values is not None)
@@ -211,6 +231,8 @@ def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[j
     """
     lengths = take(state.lengths, rows.slots)
     view = replace(rows.view, limits=rows.view.limits * (lengths + 1))
+    if rows.adapters is not None:
+        rows.adapters.onto(model)
     tokens = jnp.maximum(flat(take(state.tokens, rows.slots)), 0)  # -1 in a row that ended for want of a token
     x, done = model.hidden(tokens[:, None], flat(lengths)[:, None], pages.layers(view))
     logits = constrain(model.logits(x[:, 0]), BATCH, VOCAB)

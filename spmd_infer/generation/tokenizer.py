@@ -181,6 +181,15 @@ class Tokenizer:
             return str(self._core.decode(list(ids), skip_special_tokens=skip_special))
         return self._table.decode(ids, skip_special=skip_special)
 
+    def text_of(self, token: int) -> str:
+        """The text of one token on its own; bytes that are no whole character are U+FFFD.
+
+        Raises:
+            TaskError: it is not in the vocabulary, or the vocabulary does not write text.
+        """
+        stream = self.stream(skip_special=False, at_start=False)
+        return stream.push(token) + stream.flush()
+
     def stream(self, *, skip_special: bool = True, at_start: bool = True) -> Detokenizer:
         """A detokenizer for ids that come one by one.
 

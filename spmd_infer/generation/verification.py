@@ -131,6 +131,8 @@ def _run(
 ) -> tuple[jax.Array, KVPages]:
     """States ``[D, b, T, D]`` of ``tokens [D, b, T]``, written up to the last of ``positions``."""
     view = replace(rows.view, limits=rows.view.limits * (positions[..., -1] + 1))
+    if rows.adapters is not None:
+        rows.adapters.onto(model)
     x, done = model.hidden(flat(jnp.maximum(tokens, 0)), flat(positions), pages.layers(view))
     return x.reshape(*tokens.shape, -1), pages.updated(done)
 

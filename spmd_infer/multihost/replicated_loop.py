@@ -54,7 +54,7 @@ class ReplicatedLoop(GenerationLoop):
         if self._broken:
             super().cancel(request)
         elif self._job.rank == 0:
-            with self._lock:
+            with self.lock:
                 if request.finish_reason is None:
                     super().cancel(request)
                     self._say(Step(self.said, (request.request_id,), turn=False))
@@ -69,7 +69,7 @@ class ReplicatedLoop(GenerationLoop):
 
     def turn(self) -> bool:
         """Take the next turn together with all ranks; returns whether there is more to do."""
-        with self._lock:
+        with self.lock:
             if self._broken:
                 raise ClusterError(f"a step has failed on rank {self._job.rank}, which so lost touch with the others")
             if self._job.rank == 0:
@@ -81,14 +81,14 @@ class ReplicatedLoop(GenerationLoop):
                         super().cancel(self._requests[name])
                 if not step.turn:
                     return bool(self._requests)
-            try:
-                more = super().turn()
-            except BaseException:
-                self._broken = True
-                raise
+            more = super().turn()
             if self._job.rank == 0:
                 self._raise_failed()
             return more
+
+    def _restart(self) -> None:
+        """There is nothing to go on from: the others have done the step that failed here."""
+        self._broken = True
 
     def _say(self, step: Step) -> None:
         self._job.channel.send(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,6 +10,23 @@ from spmd_infer.errors import TaskError
 from spmd_infer.generation.beams import Hypothesis, likeliest_first
 from spmd_infer.generation.requests import FinishReason, Request, Scores
 from spmd_infer.generation.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token as an echo shows it.
+
+    Attributes:
+        id: the token.
+        text: its text; bytes that are no whole character are U+FFFD.
+        logprob: its log-probability after those before it; None for the first one, and where nobody asked.
+        top: the likeliest tokens in its place with their texts and log-probabilities, in falling order.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,8 @@ class Completion:
         drafted_tokens: drafts that speculation tried.
         accepted_tokens: those of them that became tokens.
         scores: log-probabilities of each token, where ``logprobs`` asked for them.
+        echo: the tokens of the prompt and those generated, where ``prompt_logprobs`` asked for them.
+        adapter: the adapter that it was continued with; None for the model itself.
         params: the values in force.
         queue_s: seconds from the call until the prompt was run. All times are without compiling.
         ttft_s: seconds from the call to the first token.
@@ -53,6 +72,8 @@ class Completion:
     inter_token_s: tuple[float, ...]
     compile_s: float
     imbalance: float
+    echo: tuple[ScoredToken, ...] = ()
+    adapter: str | None = None
     others: tuple[Completion, ...] = ()
 
     @property
@@ -75,22 +96,51 @@ def imbalance(requests: Sequence[Request], parts: int) -> float:
     return max(tokens) * parts / max(1, sum(tokens))
 
 
-def completion_of(group: Sequence[Request], params: SamplingParams, compiled: float, uneven: float) -> Completion:
+def completion_of(
+    group: Sequence[Request],
+    params: SamplingParams,
+    compiled: float,
+    uneven: float,
+    text_of: Callable[[int], str],
+) -> Completion:
     """The best continuation of a prompt, with the others that were asked for behind it.
 
     Args:
-        group: all its continuations.
+        group: all its continuations; the first one's prompt has been scored where that was asked for.
         params: what was asked for.
         compiled: seconds spent compiling.
         uneven: the call's imbalance.
+        text_of: the text of a token.
     """
+    prompt = _prompt_echo(group[0], text_of) if params.prompt_logprobs is not None else ()
     ranked = list(group)
     if params.samples > params.n:
         totals = [sum(score.logprob for score in request.scores) for request in group]
         order = likeliest_first(totals, [len(request.token_ids) for request in group])
         ranked = [group[index] for index in order]
-    first, *others = [_one(request, params, compiled, uneven) for request in ranked[: params.n]]
+    first, *others = [
+        replace(_one(request, params, compiled, uneven), echo=(*prompt, *_own_echo(request, text_of)) if prompt else ())
+        for request in ranked[: params.n]
+    ]
     return replace(first, others=tuple(others))
+
+
+def _prompt_echo(request: Request, text_of: Callable[[int], str]) -> tuple[ScoredToken, ...]:
+    first, *rest = request.prompt_ids
+    scores = request.prompt_scores
+    scored = [Scores(*each) for each in zip(scores.logprobs, scores.top_ids, scores.top_logprobs, strict=True)]
+    return (ScoredToken(first, text_of(first)), *map(_scored_token, rest, scored, [text_of] * len(rest)))
+
+
+def _own_echo(request: Request, text_of: Callable[[int], str]) -> list[ScoredToken]:
+    if request.params.logprobs is None:
+        return [ScoredToken(token, text_of(token)) for token in request.token_ids]
+    return list(map(_scored_token, request.token_ids, request.scores, [text_of] * len(request.token_ids)))
+
+
+def _scored_token(token: int, scores: Scores, text_of: Callable[[int], str]) -> ScoredToken:
+    top = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
+    return ScoredToken(token, text_of(token), float(scores.logprob), tuple((id_, text_of(id_), p) for id_, p in top))
 
 
 def _one(request: Request, params: SamplingParams, compiled: float, uneven: float) -> Completion:
@@ -113,6 +163,7 @@ def _one(request: Request, params: SamplingParams, compiled: float, uneven: floa
         inter_token_s=tuple(after - before for before, after in pairwise(times)),
         compile_s=compiled,
         imbalance=uneven,
+        adapter=None if request.adapter is None else request.adapter.name,
     )
 
 

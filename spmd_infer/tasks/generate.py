@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.errors import TaskError
+from spmd_infer.errors import SpmdInferError, TaskError
+from spmd_infer.generation.adapters import Adapter, Adapters, open_together
 from spmd_infer.generation.bad_words import bad_word_ids
 from spmd_infer.generation.beam_loop import search
 from spmd_infer.generation.constraints import ConstraintCompiler
@@ -22,7 +24,8 @@ from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.prompt_chunks import MOST_STOPS
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, check_vocabulary, stop_tokens
-from spmd_infer.generation.scoring import Scorer
+from spmd_infer.generation.scoring import SCORING, check_text, score_texts
+from spmd_infer.generation.speculation import Draft
 from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.tokenizer import Tokenizer
 from spmd_infer.tasks.completions import Completion, completion_of, completion_of_beams, imbalance
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 OnText = Callable[[int, str], None]
+AdapterNames = str | Sequence[str | None] | None
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -57,6 +61,7 @@ class Generate:
         self._config: Any = engine.config
         self.tokenizer = Tokenizer.from_reader(engine.reader)
         self._options = options or GenerationOptions()
+        self._adapters = Adapters(engine, self._options.max_adapters, self._options.max_adapter_rank)
         self.loop = self._new_loop()
         self._ids = count()
 
@@ -66,6 +71,7 @@ class Generate:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         chat: bool = False,
+        adapter: AdapterNames = None,
         on_text: OnText | None = None,
     ) -> list[Completion]:
         """Continue prompts.
@@ -75,6 +81,7 @@ class Generate:
                 of several, each a mapping with ``role`` and ``content``.
             params: how to continue them, for all or for each; greedy by default.
             chat: take each text as a user's message.
+            adapter: the name of a loaded adapter, for all prompts or for each; None for the model itself.
             on_text: called with a prompt's index and the next piece of its text, as soon as the piece is certain. The
                 pieces of one prompt come in order and add up to its text; those of several prompts mix. Of several
                 continuations of one prompt, the first is told.
@@ -83,14 +90,14 @@ class Generate:
             One completion for each prompt, in order.
 
         Raises:
-            TaskError: a prompt is empty, does not fit the model's context, or is of no known kind; or there are not as
-                many parameters as prompts. Nothing has been generated then.
+            TaskError: a prompt is empty, does not fit the model's context, or is of no known kind; there are not as
+                many parameters or adapters as prompts; or an adapter is not loaded. Nothing has been generated then.
         """
         compiling = self._engine.compile_seconds
-        checked = self._checked(prompts, params, chat=chat)
+        checked = self._checked(prompts, params, adapter, chat=chat)
         groups = [
-            self._requests(ids, own, None if on_text is None else _telling(on_text, index))
-            for index, (ids, own) in enumerate(checked)
+            self._requests(ids, own, None if on_text is None else _telling(on_text, index), changed)
+            for index, (ids, own, changed) in enumerate(checked)
             if own.num_beams == 1
         ]
         submitted: list[Request] = []
@@ -103,12 +110,12 @@ class Generate:
             for request in submitted:
                 self.loop.cancel(request)
             raise
-        searched = [self._search(ids, own) if own.num_beams > 1 else None for ids, own in checked]
+        searched = [self._search(ids, own, changed) if own.num_beams > 1 else None for ids, own, changed in checked]
         compiled = self._engine.compile_seconds - compiling
         uneven, sampled = imbalance(submitted, self._engine.data_parts), iter(groups)
         return [
-            found or completion_of(next(sampled), own, compiled, uneven)
-            for found, (_, own) in zip(searched, checked, strict=True)
+            found or completion_of(next(sampled), own, compiled, uneven, self.tokenizer.text_of)
+            for found, (_, own, _) in zip(searched, checked, strict=True)
         ]
 
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
@@ -117,15 +124,23 @@ class Generate:
         Raises:
             TaskError: as when called.
         """
-        self._checked([prompt], params, chat=False)
+        self._checked([prompt], params, None, chat=False)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
+    ) -> Iterator[str]:
         """Continue one prompt, piece by piece. Closing the iterator cancels the request.
 
         Args:
             prompt: a text, token ids, or the messages of a conversation.
             params: how to continue it.
             chat: take a text as a user's message.
+            adapter: as when called.
 
         Yields:
             Pieces of the text as soon as they are certain.
@@ -133,34 +148,77 @@ class Generate:
         Raises:
             TaskError: as when called.
         """
-        pieces, request = self._started(prompt, params, chat=chat)
+        pieces, request = self._started(prompt, params, adapter, chat=chat)
         return self._pieces(pieces, request)
 
     def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        adapter: str | None = None,
     ) -> AsyncIterator[str]:
         """As ``stream``, for ``async for``: the event loop runs on while the devices work."""
-        pieces, request = self._started(prompt, params, chat=chat)
+        pieces, request = self._started(prompt, params, adapter, chat=chat)
         return self._async_pieces(pieces, request)
 
     def mesh_changed(self) -> None:
-        """Start with an empty cache on the engine's new mesh; what was running has ended as cancelled."""
+        """Start with an empty cache on the engine's new mesh; what was running has ended as cancelled.
+
+        A draft model moves to the same devices.
+
+        Raises:
+            TaskError: it cannot; generation goes on without it.
+        """
         self.loop.close()
-        self.loop = self._new_loop()
+        self._adapters.mesh_changed()
+        speculation = self._options.speculation
+        try:
+            if isinstance(speculation, Draft) and speculation.engine is not self._engine:
+                speculation.engine.reshard(self._engine.mesh)
+            self.loop = self._new_loop()
+        except SpmdInferError as error:
+            if speculation is None:
+                raise
+            self._options = replace(self._options, speculation=None)
+            self.loop = self._new_loop()
+            raise TaskError(
+                f"the draft model cannot follow to {self._engine.plan.mesh}: {error}; generation goes on without drafts"
+            ) from error
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a LoRA adapter, while requests run; see ``Engine.load_adapter``."""
+        lora = open_together(self._engine, Path(path))
+        with self.loop.lock:
+            self._adapters.load(name, lora)
+
+    def drop_adapter(self, name: str) -> None:
+        """Drop a LoRA adapter; see ``Engine.drop_adapter``."""
+        with self.loop.lock:
+            self._adapters.drop(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may use."""
+        return self._adapters.names
 
     def _new_loop(self) -> GenerationLoop:
+        kind: type[GenerationLoop] = GenerationLoop
         if self._engine.mesh.is_multi_process:
             from spmd_infer.multihost.replicated_loop import ReplicatedLoop
 
-            return ReplicatedLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
-        return GenerationLoop(self._engine, self._config, self.tokenizer.eos_ids, self._options)
+            kind = ReplicatedLoop
+        return kind(self._engine, self._config, self.tokenizer.eos_ids, self._options, self._adapters)
 
-    def _started(self, prompt: Prompt, params: SamplingParams | None, *, chat: bool) -> tuple[deque[str], Request]:
-        ((ids, each),) = self._checked([prompt], params, chat=chat)
+    def _started(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: str | None, *, chat: bool
+    ) -> tuple[deque[str], Request]:
+        ((ids, each, changed),) = self._checked([prompt], params, adapter, chat=chat)
         if each.samples > 1 or each.num_beams > 1:
             raise TaskError("a stream is of one continuation; n, best_of and num_beams must be 1")
         pieces: deque[str] = deque()
-        (request,) = self._requests(ids, each, pieces.append)
+        (request,) = self._requests(ids, each, pieces.append, changed)
         self.loop.submit([request])
         return pieces, request
 
@@ -185,20 +243,32 @@ class Generate:
         finally:
             self.loop.cancel(request)
 
-    def score(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:
+    def score(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], *, adapter: AdapterNames = None
+    ) -> list[npt.NDArray[np.float32]]:
         """Log-probability of every token after the first, for texts or token ids.
 
         A text is encoded as a prompt is. Its perplexity is ``exp(-mean)`` of the result. Keys and values are rounded as
         the options' ``cache_dtype`` rounds them.
 
-        Raises:
-            TaskError: a text has fewer than two tokens or more than the model's context.
-        """
-        return self._scorer([self._encode(text) for text in _each_prompt(texts, chat=False)])
+        Args:
+            texts: one or several.
+            adapter: as when called.
 
-    @cached_property
-    def _scorer(self) -> Scorer:
-        return Scorer(self._engine, self._config, self._options.cache_dtype)
+        Raises:
+            TaskError: a text has fewer than two tokens or more than the model's context, or an adapter is not loaded.
+        """
+        encoded = [self._encode(text) for text in _each_prompt(texts, chat=False)]
+        for index, ids in enumerate(encoded):
+            check_text(index, ids, self._config.vocab_size, self._config.context_len)
+        changed = self._each_adapter(adapter, len(encoded))
+
+        def make(index: int, ids: Sequence[int]) -> Request:
+            (request,) = self._requests(list(ids[:-1]), SCORING, None, changed[index])
+            request.score(ids)
+            return request
+
+        return score_texts(self.loop, make, encoded)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -209,16 +279,36 @@ class Generate:
         return [int(value) for value in prompt if not isinstance(value, Mapping)]
 
     def _checked(
-        self, prompts: Any, params: SamplingParams | Sequence[SamplingParams] | None, *, chat: bool
-    ) -> list[tuple[list[int], SamplingParams]]:
-        """The tokens and parameters of each prompt, all of which can run."""
+        self,
+        prompts: Any,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: AdapterNames,
+        *,
+        chat: bool,
+    ) -> list[tuple[list[int], SamplingParams, Adapter | None]]:
+        """The tokens, parameters and adapter of each prompt, all of which can run."""
         ids = [self._encode(prompt) for prompt in _each_prompt(prompts, chat=chat)]
         each = _each_params(params, len(ids))
         for index, (tokens, own) in enumerate(zip(ids, each, strict=True)):
             check_prompt(index, tokens, own, self._config.vocab_size, self._config.context_len)
-        return list(zip(ids, each, strict=True))
+        return list(zip(ids, each, self._each_adapter(adapter, len(ids)), strict=True))
 
-    def _requests(self, ids: list[int], params: SamplingParams, on_text: Callable[[str], None] | None) -> list[Request]:
+    def _each_adapter(self, names: AdapterNames, count: int) -> list[Adapter | None]:
+        if names is None or isinstance(names, str):
+            names = [names] * count
+        if len(names) != count:
+            raise TaskError(
+                f"there are {count} prompts but {len(names)} adapters; give one for all, or one (None for none) each"
+            )
+        return [None if name is None else self._adapters.find(name) for name in names]
+
+    def _requests(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        on_text: Callable[[str], None] | None,
+        adapter: Adapter | None,
+    ) -> list[Request]:
         """The continuations of one prompt."""
         words = bad_word_ids(params.bad_words, self.tokenizer, self._config.vocab_size)
         ends = stop_tokens(params, self.tokenizer.eos_ids)
@@ -231,7 +321,7 @@ class Generate:
         shape = params.structured_outputs
         constraint = None if shape is None else self._constraints.compile(shape)
         number = next(self._ids)
-        return [
+        requests = [
             Request(
                 f"{number}.{branch}",
                 ids,
@@ -241,20 +331,27 @@ class Generate:
                 vocab_size=self._config.vocab_size,
                 bad_words=words,
                 constraint=constraint if constraint is None or branch == 0 else constraint.fork(),
+                adapter=adapter,
                 on_text=on_text if branch == 0 else None,
             )
             for branch, own in enumerate(params.branches())
         ]
+        if params.prompt_logprobs is not None:
+            requests[0].score(ids)
+        return requests
 
-    def _search(self, ids: list[int], params: SamplingParams) -> Completion:
+    def _search(self, ids: list[int], params: SamplingParams, adapter: Adapter | None) -> Completion:
         """Continue one prompt by beam search."""
         ends = stop_tokens(params, self.tokenizer.eos_ids)
 
         def ended(tokens: tuple[int, ...]) -> bool:
             return tokens[-1] in ends or (bool(params.stop) and self._stopped(tokens, params) is not None)
 
+        def make(tokens: list[int], step: SamplingParams) -> Request:
+            return self._requests(tokens, step, None, adapter)[0]
+
         started, compiling = self.loop.clock(), self._engine.compile_seconds
-        found = search(self.loop, lambda tokens, step: self._requests(tokens, step, None)[0], ids, params, ended)
+        found = search(self.loop, make, ids, params, ended)
         texts = []
         for hypothesis in found:
             text = self.tokenizer.decode(hypothesis.tokens, skip_special=params.skip_special_tokens)
@@ -283,8 +380,8 @@ def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_s
     """Refuse what cannot run, before anything does.
 
     Raises:
-        TaskError: naming the prompt's index: it is empty, has a token outside the vocabulary, asks for what is not
-            computed, or does not fit the context together with the tokens asked for.
+        TaskError: naming the prompt's index: it is empty, has a token outside the vocabulary, or does not fit the
+            context together with the tokens asked for.
     """
     size = len(ids)
     if size == 0:
@@ -293,11 +390,6 @@ def check_prompt(index: int, ids: Sequence[int], params: SamplingParams, vocab_s
     if outside is not None:
         raise TaskError(f"prompt {index} has token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}")
     check_vocabulary(params, vocab_size)
-    if params.prompt_logprobs is not None:
-        raise TaskError(
-            f"prompt {index} asks for prompt_logprobs={params.prompt_logprobs}, which generate does not compute yet; "
-            "engine.score(texts) gives the log-probability of each token of a text"
-        )
     if size >= context_len:
         raise TaskError(f"prompt {index} has {size} tokens, but the model's context is {context_len}; shorten it")
     if size + params.max_tokens > context_len:

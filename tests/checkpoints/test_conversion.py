@@ -274,7 +274,7 @@ def test_an_adapter_is_merged(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "adapters with DoRA cannot be merged"),
+        ({"use_dora": True}, "adapters with DoRA are not implemented"),
         ({"fan_in_fan_out": True}, "weights stored"),
         ({"peft_type": "IA3"}, "is a IA3 adapter, expected LORA"),
         ({"r": 8}, "has rank 4, but adapter_config.json says 8"),

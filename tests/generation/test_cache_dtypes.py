@@ -13,11 +13,12 @@ from spmd_infer.generation.generation_options import GenerationOptions
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, page_bytes, pages_axes
 from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.sampling_params import SamplingParams
-from spmd_infer.generation.scoring import Scorer
+from spmd_infer.generation.scoring import score_texts
 from spmd_infer.generation.speculation import PromptLookup
 from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.models.page_view import PageView
 from tests.generation.test_loop import EOS, engine, prompts, request, run
+from tests.generation.test_prompt_scores import text
 from tests.generation.test_speculation_loop import drafts
 from tests.references.llama_variants import token_ids
 
@@ -121,7 +122,7 @@ def test_scores_are_those_of_steps_over_pages(cache_dtype: str, mesh: str) -> No
     for at in range(23):
         scores, pages = one(pages, *(found.place(ids[:, i], (BATCH,)) for i in (at, at + 1)), np.int32(at))
         by_steps.append(np.asarray(scores))
-    whole = Scorer(found, config, cache_dtype)(ids.tolist())
+    whole = score_texts(loop(mesh, cache_dtype=cache_dtype), text, ids.tolist())
     np.testing.assert_allclose(whole, np.stack(by_steps, axis=1), atol=2e-3)  # a rounding that falls the other way
-    plain = Scorer(found, config)(ids.tolist())
+    plain = score_texts(loop(mesh), text, ids.tolist())
     assert np.abs(np.array(whole) - plain).max() > 1e-5

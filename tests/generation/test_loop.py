@@ -21,7 +21,6 @@ from spmd_infer.generation.kv_pages import PAGE_SIZE, page_bytes
 from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams, stop_tokens
-from spmd_infer.generation.scoring import Scorer
 from spmd_infer.generation.thresholds import CANDIDATES
 from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.planning.audit import collectives, summary
@@ -312,7 +311,7 @@ def test_buckets_bound_the_number_of_programs() -> None:
         compiled.append(Counter(program.name for program in found.programs))
     # Rows run in batches of 1, 2 and 8, over a pool of 8 or 16 pages, with one length of prompts.
     assert compiled[-1]["decode"] <= 3 * 2
-    assert compiled[-1]["prefill"] <= 3
+    assert 1 <= sum(count for name, count in compiled[-1].items() if name.startswith("prefill")) <= 3
     assert compiled[-1] == compiled[-2]
 
 
@@ -341,20 +340,6 @@ def test_the_loop_counts_its_steps_and_the_time_it_waits() -> None:
     assert times.host_share == pytest.approx(times.host_seconds / times.seconds)
 
 
-def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:
-    found = engine("gqa", mesh_text)
-    ids = token_ids(6, 40)
-    logits = np.asarray(engine().infer({"input_ids": ids}), np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    scores = Scorer(found, found.config)(
-        [row[:length] for row, length in zip(ids, (40, 2, 33, 7, 32, 12), strict=True)]
-    )
-    for row, score in enumerate(scores):
-        expected = logprobs[row, np.arange(len(score)), ids[row, 1 : len(score) + 1]]
-        np.testing.assert_allclose(score, expected, atol=1e-3)
-    assert [len(score) for score in scores] == [39, 1, 32, 6, 31, 11]
-
-
 @pytest.mark.parametrize(
     ("ids", "params", "message"),
     [
@@ -366,7 +351,6 @@ def test_scores_equal_the_logits_of_infer(mesh_text: str) -> None:
             {"max_tokens": 7},
             "asks for 7 more, but the model's context is 256; use max_tokens of at most 6",
         ),
-        ([[1]], {"prompt_logprobs": 2}, "prompt 0 asks for prompt_logprobs=2, which generate does not compute yet"),
         ([[1]], {"stop_token_ids": (500,)}, "stop_token_ids has 500; the vocabulary has ids 0 to 127"),
     ],
 )
@@ -383,9 +367,3 @@ def test_a_request_that_the_cache_can_never_hold() -> None:
     with pytest.raises(TaskError, match="may take 4 pages of 64 positions; the cache has room for 2"):
         small.submit([request([1] * 200, SamplingParams(max_tokens=50))])
     assert run(small, prompts([3]), GREEDY) == greedy()[:1]
-
-
-@pytest.mark.parametrize(("ids", "message"), [([5], "has 1 tokens"), ([1] * 257, "257 tokens"), ([1, 999], "id 999")])
-def test_sequences_that_cannot_be_scored(ids: list[int], message: str) -> None:
-    with pytest.raises(TaskError, match=message):
-        Scorer(engine(), engine().config)([[1, 2], ids])

@@ -1,19 +1,19 @@
 """Prefill and decode with positions over `seq`: the same tokens, and only the messages that docs/layouts.md states."""
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from spmd_infer.axes import BATCH, SEQ
 from spmd_infer.engine import Engine
 from spmd_infer.generation.detokenizer import ByteTable, Detokenizer
 from spmd_infer.generation.loop import GenerationLoop
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling_params import SamplingParams
-from spmd_infer.generation.scoring import token_logprobs
+from spmd_infer.generation.scoring import SCORING, score_texts
 from spmd_infer.models.llama import Config, Llama, input_spec
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.layouts import LAYOUTS
@@ -44,7 +44,20 @@ def generated(layout: str, mesh: str) -> tuple[list[list[int]], np.ndarray, dict
     for request in requests:
         loop.submit([request])
     loop.run(requests)
-    scores = np.asarray(engine.jit("scores", token_logprobs)(engine.place(ids, (BATCH, SEQ))))
+
+    def text(index: int, tokens: Sequence[int]) -> Request:
+        one = Request(
+            f"text {index}",
+            tokens[:-1],
+            SCORING.seeded(),
+            ends=frozenset(),
+            detokenizer=Detokenizer(table),
+            vocab_size=CONFIG.vocab_size,
+        )
+        one.score(tokens)
+        return one
+
+    scores = np.stack(score_texts(loop, text, ids.tolist()))
     used = {
         program.name: Counter((each.kind, ",".join(each.axes(engine.mesh))) for each in collectives(program.compiled))
         for program in engine.programs

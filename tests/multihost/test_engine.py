@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 
 from spmd_infer.models.registry import FAMILIES
 from tests.multihost.processes import Ranks
+from tests.references.letters import write_tokenizer
 from tests.references.llama_variants import write_checkpoint
+from tests.references.lora_adapters import random_adapter
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.demo]
 
@@ -28,13 +26,7 @@ Results = dict[str, np.ndarray]
 def llama(folder: Path) -> Path:
     """A small random decoder whose tokenizer has a token for every byte but the last few."""
     write_checkpoint(folder, "gqa", eos_token_id=0)
-    letters = sorted(ByteLevel.alphabet())[:127]
-    tokenizer = Tokenizer(
-        BPE(vocab={"<eos>": 0} | {letter: place + 1 for place, letter in enumerate(letters)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     return folder
 
 
@@ -43,11 +35,12 @@ def found(
     tmp_path_factory: pytest.TempPathFactory, minilm: Path, efficientnet: Path
 ) -> dict[tuple[int, int], list[Results]]:
     """What every rank has found, in each shape of the job."""
-    decoder = llama(tmp_path_factory.mktemp("models") / "llama")
+    models = tmp_path_factory.mktemp("models")
+    decoder, adapter = llama(models / "llama"), random_adapter(models / "adapter")
     every = {}
     for processes, devices in SHAPES:
         folder = tmp_path_factory.mktemp(f"{processes}x{devices}")
-        arguments = [str(folder), str(decoder), str(minilm), str(efficientnet)]
+        arguments = [str(path) for path in (folder, decoder, adapter, minilm, efficientnet)]
         with Ranks(PROGRAM.read_text(), processes, folder, *arguments, devices=devices) as ranks:
             codes = ranks.wait(400)
             assert set(codes.values()) == {0}, json.dumps([ranks.err(rank) for rank in codes])
@@ -73,11 +66,14 @@ def test_every_family_gives_the_same_on_any_number_of_processes(
 def test_generation_token_for_token(found: dict[tuple[int, int], list[Results]]) -> None:
     (one,) = found[1, 8]
     (name,) = [name for name in one if name.endswith(": tokens")]
-    drawn = name.replace("tokens", "drawn")
+    drawn, adapted = (name.replace("tokens", what) for what in ("drawn", "adapted"))
     for shape in SHAPES[1:]:
         for rank in found[shape]:
             np.testing.assert_array_equal(rank[name], one[name])
             np.testing.assert_array_equal(rank[drawn], found[shape][0][drawn])
+            np.testing.assert_array_equal(rank[adapted], one[adapted])
+    assert (one[adapted][0] != one[name][0]).any()
+    assert (one[adapted][1] == one[name][1]).all()
 
 
 def test_what_rank_0_says_before_a_turn_does_not_grow_with_the_batch(

@@ -1,6 +1,6 @@
 """What each rank of a job runs in test_engine: every family of the zoo, and all the ways to give and get batches.
 
-    python tests/multihost/zoo_rank.py FOLDER LLAMA MINILM EFFICIENTNET
+    python tests/multihost/zoo_rank.py FOLDER LLAMA ADAPTER MINILM EFFICIENTNET
 
 Writes FOLDER/rank0.npz, rank1.npz, …, one array for each result; checks here what one rank can check alone.
 """
@@ -70,7 +70,7 @@ def sentences(path: str, mesh: str) -> dict[str, np.ndarray]:
     return {"vectors": engine.embed([f"sentence {n} says " + "word " * (n % 11) for n in range(40)])}
 
 
-def decoder(job: Job, path: str, mesh: str) -> dict[str, np.ndarray]:
+def decoder(job: Job, path: str, adapter: str, mesh: str) -> dict[str, np.ndarray]:
     """A small Llama: its logits, and tokens chosen in each of the ways that all ranks must choose alike."""
     engine = si.Engine.load(path, mesh=mesh, dtype="float32")
     ids = np.random.default_rng(3).integers(5, 90, (4, 16), np.int32)
@@ -85,8 +85,23 @@ def decoder(job: Job, path: str, mesh: str) -> dict[str, np.ndarray]:
     ]
     found = engine.generate(prompts, params) if job.rank == 0 else engine.generate(None)
     tokens = np.array([completion.token_ids for completion in found])
+    adapted = with_adapter(job, engine, adapter, prompts[:2], params[0])
     found_alone = replicated(job, engine) if job.size > 1 else {}
-    return {"logits": logits, "tokens": tokens[:3], "drawn": tokens[3], **found_alone}
+    return {"logits": logits, "tokens": tokens[:3], "drawn": tokens[3], **adapted, **found_alone}
+
+
+def with_adapter(
+    job: Job, engine: si.Engine, adapter: str, prompts: list[list[int]], params: si.SamplingParams
+) -> dict[str, np.ndarray]:
+    """One of two prompts continued with an adapter that every rank loads, and both scored with it."""
+    first = job.rank == 0
+    engine.load_adapter("poet", adapter)
+    found = engine.generate(prompts if first else None, params, adapter=["poet", None] if first else None)
+    scores = np.stack(engine.score(prompts if first else None, adapter="poet" if first else None))
+    with pytest.raises(si.SpmdInferError, match=r"nowhere|the adapter, files"):  # the ranks' messages differ
+        engine.load_adapter("other", f"nowhere{job.rank}")
+    engine.drop_adapter("poet")
+    return {"adapted": np.array([completion.token_ids for completion in found]), "scores with adapter": scores}
 
 
 def replicated(job: Job, engine: si.Engine) -> dict[str, np.ndarray]:
@@ -134,7 +149,7 @@ def bytes_a_step(job: Job, engine: si.Engine, prompts: list[list[int]]) -> int:
     return (job.channel.sent_bytes - sent) // (task.loop.said - said)
 
 
-def main(folder: str, llama: str, minilm: str, efficientnet: str) -> None:
+def main(folder: str, llama: str, adapter: str, minilm: str, efficientnet: str) -> None:
     """Run all of it; results are named family, mesh and what they are."""
     images = np.random.default_rng(0).normal(size=(37, 32, 32, 1)).astype(np.float32)
     found: dict[str, np.ndarray] = {}
@@ -147,7 +162,7 @@ def main(folder: str, llama: str, minilm: str, efficientnet: str) -> None:
             keep("cnn", mesh, pictures(job, mesh, images))
         keep("efficientnet-lite", "data=2,model=4", other_pictures(job, efficientnet, "data=2,model=4"))
         keep("bert", "data=4,model=2", sentences(minilm, "data=4,model=2"))
-        keep("llama", "data=2,model=4", decoder(job, llama, "data=2,model=4"))
+        keep("llama", "data=2,model=4", decoder(job, llama, adapter, "data=2,model=4"))
         np.savez(Path(folder) / f"rank{job.rank}.npz", **found)  # type: ignore[arg-type]  # its stubs know no **arrays
 
 
