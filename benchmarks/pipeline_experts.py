@@ -115,25 +115,28 @@ def experts(devices: int, rows: int = 16, length: int = 256) -> Case:
 
 
 def plot(cases: list[Case], file: Path) -> None:
-    """Growth over one device, measured and predicted; the ending of ``file`` says in which format."""
+    """Growth over one device, and measured over predicted growth; the ending of ``file`` says in which format."""
     import matplotlib as mpl
 
     mpl.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, (growth, ratio) = plt.subplots(1, 2, figsize=(11, 4))
     for layout in dict.fromkeys(case.layout for case in cases):
         ours = [case for case in cases if case.layout == layout]
         counts = [case.devices for case in ours]
-        (line,) = axis.plot(counts, [c.measured / ours[0].measured for c in ours], "o-", label=f"{layout}, measured")
-        axis.plot(
-            counts, [c.predicted / ours[0].predicted for c in ours], "--", color=line.get_color(), label="predicted"
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(DEVICES, labels=[str(count) for count in DEVICES])
-    axis.minorticks_off()
-    axis.set(xlabel="simulated devices", ylabel="step time over one device's")
-    axis.legend()
+        measured = [case.measured / ours[0].measured for case in ours]
+        predicted = [case.predicted / ours[0].predicted for case in ours]
+        (line,) = growth.plot(counts, measured, "o-", label=f"{layout}, measured")
+        growth.plot(counts, predicted, "--", color=line.get_color(), label="predicted")
+        ratio.plot(counts, [m / p for m, p in zip(measured, predicted, strict=True)], "o-", label=layout)
+    ratio.axhspan(0.85, 1.15, alpha=0.15, label="within 15 %")
+    for axis, what in ((growth, "step time over one device's"), (ratio, "measured growth over predicted")):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(DEVICES, labels=[str(count) for count in DEVICES])
+        axis.minorticks_off()
+        axis.set(xlabel="simulated devices", ylabel=what)
+        axis.legend()
     figure.savefig(file, bbox_inches="tight")
 
 

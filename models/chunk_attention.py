@@ -35,6 +35,7 @@ class ChunkCache:
             row starts at 0.
         keys: ``[B, T, K, H]`` of the chunk once it has been attended; None before.
         values: likewise.
+        used: ``[B]`` bool, rows that do not only fill up the batch; None for all.
     """
 
     starts: jax.Array
@@ -43,6 +44,12 @@ class ChunkCache:
     way: str = field(default=XLA, metadata={"static": True})
     keys: Packed | None = None
     values: Packed | None = None
+    used: jax.Array | None = None
+
+    @property
+    def busy(self) -> jax.Array | None:
+        """See ``used``."""
+        return self.used
 
     def attend(
         self, queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array

@@ -328,15 +328,14 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """The normed states ``[B, T, D]`` before the head.
 
-        With caches, the tokens' keys and values are kept at ``positions`` and the earlier ones are attended over.
+        With caches, the tokens' keys and values are kept at ``positions`` and the earlier ones are attended over. There
+        is one for each layer, or of layers spread over stages one for each place in a stage (``Stages.keeping``).
         """
         x = constrain(self.embed_tokens(input_ids), BATCH, SEQ, EMBED)
         if isinstance(self.layers, Stages):
-            if caches:
-                raise ModelError("layers spread over stages keep no cache: generate on a mesh without stages")
-            x = self.layers(lambda *inputs: self._through(*inputs)[0], x, positions)
-            return self.norm(x), ()
-        x, updated = self._through(self.layers, x, positions, caches)
+            x, updated = self.layers.keeping(self._through, x, positions, caches=caches)
+        else:
+            x, updated = self._through(self.layers, x, positions, caches)
         return self.norm(x), updated
 
     def _through(

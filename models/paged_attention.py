@@ -41,6 +41,11 @@ class PagedCache:
     view: PageView
     format: CacheFormat = field(metadata={"static": True})
 
+    @property
+    def busy(self) -> jax.Array:
+        """``[D]`` bool, the parts that have a row which does not only fill up the batch."""
+        return (self.view.limits > 0).any(axis=-1)
+
     def attend(
         self, queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, PagedCache]:

@@ -33,7 +33,7 @@ from spmd_infer.planning.workload import Workload
 from spmd_infer.programs import Program, Programs
 from spmd_infer.runner import BatchRunner, Results
 from spmd_infer.signature import Signature
-from spmd_infer.staging import base_axes, base_function
+from spmd_infer.staging import base_axes, base_function, stage_count
 from spmd_infer.task_table import KeepsArrays, find_task, needs_family
 from spmd_infer.tensors import Axes
 from spmd_infer.transfer import put
@@ -378,6 +378,11 @@ class Engine:
     def data_parts(self) -> int:
         """Into how many parts the rows of a batch are split; batch sizes are multiples of it."""
         return self._placement.row_parts
+
+    @property
+    def stages(self) -> int:
+        """Over how many stages the layers are spread; 1 where they are not."""
+        return stage_count(self._placement.model)
 
     @property
     def buckets(self) -> Buckets:

@@ -86,9 +86,10 @@ def _constrained(placement: Placement, result: Any, out_axes: Any, phase: str | 
         return jax.lax.with_sharding_constraint(x, placement.sharding(axes, x.shape, phase))
 
     return jax.tree.map(
-        lambda axes, part: jax.tree.map(lambda x: lay(axes, x), part), out_axes, result, is_leaf=_is_axes
+        lambda axes, part: jax.tree.map(lambda x: lay(axes, x), part), out_axes, result, is_leaf=is_axes
     )
 
 
-def _is_axes(node: Any) -> bool:
+def is_axes(node: Any) -> bool:
+    """Whether a node of a tree of axes is a leaf: a tuple of names."""
     return isinstance(node, tuple) and all(entry is None or isinstance(entry, str) for entry in node)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spmd_infer.functional import ModelFunction, Params
+from spmd_infer.models.pipeline import MOST_PARTS
 from spmd_infer.planning.layout import WeightLayout
 from spmd_infer.planning.mesh_plan import MeshPlan
 from spmd_infer.planning.resolve import MeshLike, PlanRequest, resolve_mesh
@@ -27,7 +28,10 @@ def resolve_stages(mesh: MeshLike, request: PlanRequest) -> tuple[ModelFunction,
         ModelError: the caller's mesh has stages and the model cannot be spread over them.
     """
     plan, built = resolve_mesh(mesh, request)
-    model, _ = for_stages(request.model, plan.rules, plan.mesh.shape)
+    pipeline, most_parts = plan.chosen.pipeline, MOST_PARTS
+    if pipeline is not None and "infer" in plan.chosen.rules:  # otherwise planned for steps that keep a cache
+        most_parts = pipeline.microbatches // pipeline.stages
+    model, _ = for_stages(request.model, plan.rules, plan.mesh.shape, most_parts)
     return model, plan, built
 
 
@@ -52,7 +56,7 @@ def own_layouts(model: ModelFunction, weights: Sequence[WeightLayout], mesh: Mes
             continue
         for path, part in zip(sources, _stage_meshes(mesh, layout.spec), strict=True):
             sharding = NamedSharding(part, PartitionSpec(*layout.spec[1:]))
-            if sharding.addressable_devices:
+            if path is not None and sharding.addressable_devices:
                 found[path] = jax.ShapeDtypeStruct(layout.shape[1:], layout.dtype, sharding=sharding)
     return found
 
@@ -69,11 +73,11 @@ def stacked(model: ModelFunction, weights: Sequence[WeightLayout], mesh: Mesh, o
         if sources is None:
             params[layout.path] = own.pop(layout.path)
             continue
-        rows = [_lead(own.pop(path)) for path in sources if path in own]
+        rows = [_lead(own.pop(path)) for path in sources if path is not None and path in own]
         pieces = [shard.data for row in rows for shard in row.addressable_shards]
-        params[layout.path] = jax.make_array_from_single_device_arrays(
-            layout.shape, NamedSharding(mesh, layout.spec), pieces
-        )
+        whole = NamedSharding(mesh, layout.spec)
+        pieces += _empty_rows(layout, whole, [stage for stage, path in enumerate(sources) if path is None])
+        params[layout.path] = jax.make_array_from_single_device_arrays(layout.shape, whole, pieces)
     return params
 
 
@@ -95,10 +99,23 @@ def unstacked(model: ModelFunction, params: Params) -> Params:
         for shard in array.addressable_shards:
             by_row.setdefault(shard.index[0].start or 0, []).append(shard.data)
         for row, part in enumerate(_stage_meshes(mesh, spec)):
+            name = sources[row]
+            if name is None:
+                continue
             lead = NamedSharding(part, PartitionSpec(None, *spec[1:]))
             whole = jax.make_array_from_single_device_arrays((1, *array.shape[1:]), lead, by_row[row])
-            own[sources[row]] = _unlead(whole)
+            own[name] = _unlead(whole)
     return own
+
+
+def _empty_rows(layout: WeightLayout, whole: NamedSharding, stages: Sequence[int]) -> list[jax.Array]:
+    """Zeros on the devices of stages that have no layer at this place."""
+    shape = whole.shard_shape(layout.shape)
+    return [
+        jnp.zeros(shape, layout.dtype, device=device)
+        for device, index in whole.addressable_devices_indices_map(layout.shape).items()
+        if index is not None and index[0].start in stages
+    ]
 
 
 def _stage_meshes(mesh: Mesh, spec: PartitionSpec) -> list[Mesh]:

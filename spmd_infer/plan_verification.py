@@ -111,13 +111,12 @@ def verify_plan(
         cache_dtype: as for ``plan``.
 
     Raises:
-        PlanError: the plan has too many devices, or splits the model by layers.
+        PlanError: the plan has too many devices.
         SpmdInferError: compiling failed.
     """
     if plan.mesh.size > MOST_DEVICES:
         raise PlanError(f"mesh {plan.mesh} has {plan.mesh.size} devices; at most {MOST_DEVICES} can be simulated")
-    if plan.mesh.shape.get("stage", 1) > 1:
-        raise PlanError(f"mesh {plan.mesh} splits the model by layers; only single-stage meshes can be verified")
+    pipeline = plan.chosen.pipeline
     job = {
         "model": model,
         "dtype": None if dtype is None else str(dtype),
@@ -129,6 +128,7 @@ def verify_plan(
         "kind": plan.cluster.device.name,
         "hosts": plan.cluster.hosts if plan.mesh.size == plan.cluster.count else 1,
         "rules": _rules_to_json(plan.rules),
+        "most_parts": pipeline.microbatches // pipeline.stages if pipeline is not None else 1,
         "phase_rules": {name: _rules_to_json(rules) for name, rules in plan.chosen.rules.items()},
     }
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
@@ -192,7 +192,8 @@ def _run(job: Mapping[str, Any]) -> dict[str, Any]:
     reports = []
     for phase in phases:
         rules = _rules_from_json(job["phase_rules"].get(phase.name, job["rules"]))
-        reports.append(verify_phase(described.model, phase, mesh, rules, workload, cluster).as_dict())
+        report = verify_phase(described.model, phase, mesh, rules, workload, cluster, most_parts=job["most_parts"])
+        reports.append(report.as_dict())
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"phases": reports, "peak_bytes": kilobytes * (1 if sys.platform == "darwin" else 1024)}
 

@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from spmd_infer.axes import axis_scope
+from spmd_infer.models.microbatches import no_stage_rests
 from spmd_infer.multihost.job import current_job
 from spmd_infer.placement import Placement
+from spmd_infer.planning.program_loops import permutes_in_branches
 from spmd_infer.scratch import keep_scratch
+from spmd_infer.staging import stage_count
 
 
 @dataclass(frozen=True)
@@ -137,15 +141,24 @@ class Programs:
 
         traced.__name__ = name
         options = {} if in_shardings is None else {"in_shardings": in_shardings}
-        lowered = jax.jit(traced, donate_argnums=donate, **options).lower(*args)
-        if mesh.is_multi_process:
-            from spmd_infer.multihost.compiling import compile_together
-
-            compiled = compile_together(lowered, name, lowered.in_avals, mesh.devices.flat[0].platform)
-        elif jax.process_count() > 1:
-            from spmd_infer.multihost.compiling import compile_apart
-
-            compiled = compile_apart(lowered)
-        else:
-            compiled = lowered.compile()
+        compiled = _compiled(jax.jit(traced, donate_argnums=donate, **options), args, name, mesh)
+        if stage_count(self.placement.model) > 1 and permutes_in_branches(compiled):
+            # XLA itself has let devices of a stage permute: then no stage may rest.
+            with no_stage_rests():
+                again = jax.jit(lambda *values: traced(*values), donate_argnums=donate, **options)
+                compiled = _compiled(again, args, name, mesh)
         return Program(name, compiled, time.perf_counter() - started)
+
+
+def _compiled(jitted: Any, args: tuple[Any, ...], name: str, mesh: Mesh) -> jax.stages.Compiled:
+    lowered = jitted.lower(*args)
+    if mesh.is_multi_process:
+        from spmd_infer.multihost.compiling import compile_together
+
+        return compile_together(lowered, name, lowered.in_avals, mesh.devices.flat[0].platform)
+    if jax.process_count() > 1:
+        from spmd_infer.multihost.compiling import compile_apart
+
+        return compile_apart(lowered)
+    compiled: jax.stages.Compiled = lowered.compile()
+    return compiled

@@ -17,7 +17,6 @@ from spmd_infer.generation.adapters import Adapters
 from spmd_infer.generation.attention_choice import AttentionChoice
 from spmd_infer.generation.batches import Ints, Layout, page_arrays
 from spmd_infer.generation.dispatched import Dispatched, DispatchedDrafts, DispatchedStep, Taking
-from spmd_infer.generation.kv_pages import page_bytes
 from spmd_infer.generation.page_tables import PageTables
 from spmd_infer.generation.prompt_chunks import (
     MOST_STOPS,
@@ -120,7 +119,7 @@ class Executor:
     def page_bytes(self) -> int:
         """Bytes of one page, on all devices together."""
         drafts = self._speculator.page_bytes if self._speculator is not None else 0
-        return page_bytes(self._config, self._format) + drafts
+        return self._programs.page_bytes + drafts
 
     def resize(self, num_pages: int, moves: Sequence[tuple[int, int, int]]) -> None:
         """Grow or shrink every part's pool, after moving pages ``(part, source, destination)``."""

@@ -52,7 +52,7 @@ class KVPages:
     @property
     def num_pages(self) -> int:
         """Pages of each part."""
-        return int(self.keys[0].numbers.shape[1])
+        return int(self.keys[0].numbers.shape[-4])
 
     def inserted(self, keys: Sequence[Packed], values: Sequence[Packed], targets: jax.Array) -> KVPages:
         """With the keys and values of a chunk of prompts.

@@ -104,7 +104,7 @@ def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int) -> Chunk:
     return Chunk(
         input_ids=layout.lines([span.tokens for span in spans], length),  # type: ignore[arg-type]  # numpy, as below
         starts=layout.ints([span.start for span in spans]),  # type: ignore[arg-type]
-        counts=layout.ints([len(span.tokens) for span in spans], fill=1),  # type: ignore[arg-type]
+        counts=layout.ints([len(span.tokens) for span in spans]),  # type: ignore[arg-type]
     )
 
 

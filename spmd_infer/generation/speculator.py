@@ -15,10 +15,11 @@ from spmd_infer.axes import ATTN_BATCH
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.batches import Layout
 from spmd_infer.generation.dispatched import DispatchedDrafts, Taking
-from spmd_infer.generation.kv_pages import KVPages, page_bytes, pages_axes
+from spmd_infer.generation.kv_pages import KVPages, pages_axes
 from spmd_infer.generation.prompt_chunks import Span
 from spmd_infer.generation.slots import Slots
 from spmd_infer.generation.speculation import Draft, Pace, Speculation
+from spmd_infer.generation.stage_pools import StagePools, of_pools
 from spmd_infer.generation.steps import Chunk, Rows
 from spmd_infer.generation.verification import draft, draft_chunk, found_drafts, newest, remember, verify
 from spmd_infer.models.cache_formats import CacheFormat
@@ -159,6 +160,7 @@ class DraftModel:
             ("tokens", own.vocab_size, config.vocab_size),
             ("data parts", engine.data_parts, target.data_parts),
             ("devices", engine.mesh.devices.size, target.mesh.devices.size),
+            ("stages", engine.stages, target.stages),
         ):
             if found != expected:
                 raise TaskError(f"the draft model has {found} {what}, the model that it drafts for {expected}")
@@ -167,22 +169,21 @@ class DraftModel:
                 f"the draft model's context is {own.context_len}, shorter than the {config.context_len} of the model "
                 "that it drafts for"
             )
-        self._engine, self._config = engine, own
+        self._engine = engine
         platform = engine.mesh.devices.flat[0].platform
         self._format = CacheFormat.of(cache_dtype, platform, jnp.result_type(engine.dtype, jnp.bfloat16))
-        self._axes = pages_axes(own, self._format)
-        jit = partial(engine.jit, phase="decode")
+        self._pools = pools = StagePools.of(engine, own)
+        self._axes = pools.axes(pages_axes(pools.sizes, self._format))
+        jit, each = partial(engine.jit, phase="decode"), pools.each
         parts = engine.data_parts
         self._pages: KVPages = jit(
             f"draft_pages_{num_pages}_{self._format.name}",
-            lambda _: KVPages.zeros(own, parts, num_pages, self._format),
+            of_pools(each(lambda: KVPages.zeros(pools.sizes, parts, num_pages, self._format))),
             out_axes=self._axes,
         )()
-        self._insert = jit(
-            "draft_insert", lambda _, pages, *new: pages.inserted(*new), donate=(0,), out_axes=self._axes
-        )
-        self._copy = jit("draft_copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=self._axes)
-        self._gather = jit("draft_gather", lambda _, pages, tables: pages.gathered(tables))
+        self._insert = jit("draft_insert", of_pools(each(KVPages.inserted, own=3)), donate=(0,), out_axes=self._axes)
+        self._copy = jit("draft_copy", of_pools(each(KVPages.copied)), donate=(0,), out_axes=self._axes)
+        self._gather = jit("draft_gather", of_pools(each(KVPages.gathered)))
         self._prefill = engine.jit(
             f"draft_prefill_{self._format.name}", partial(draft_chunk, fmt=self._format), phase="prefill"
         )
@@ -191,7 +192,7 @@ class DraftModel:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, on all devices together."""
-        return page_bytes(self._config, self._format)
+        return self._pools.page_bytes(self._format)
 
     def propose(self, state: Slots, tokens: jax.Array, rows: Rows, flags: Any, k: int) -> jax.Array:
         """Dispatch ``k`` steps from the texts' last two tokens ``[D, b, 2]``; gives drafts ``[D, b, k]``."""
@@ -216,7 +217,7 @@ class DraftModel:
         """See ``KVPages.resized``."""
         resized = self._engine.jit(
             f"draft_resize_{num_pages}",
-            lambda _, pages: pages.resized(num_pages),
+            of_pools(self._pools.each(lambda pages: pages.resized(num_pages))),
             out_axes=self._axes,
             phase="decode",
         )

@@ -10,6 +10,7 @@ import jax
 
 from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
 from spmd_infer.generation.slots import slot_axes
+from spmd_infer.generation.stage_pools import StagePools, of_pools
 from spmd_infer.generation.steps import choose, enter, forward, prefill, prefill_scored
 from spmd_infer.models.cache_formats import CacheFormat
 
@@ -38,8 +39,10 @@ class StepPrograms:
     """
 
     def __init__(self, engine: Engine, config: Any, fmt: CacheFormat) -> None:
-        self._engine, self._config, self._format = engine, config, fmt
-        axes = pages_axes(config, fmt)
+        self._engine, self._format = engine, fmt
+        self._pools = StagePools.of(engine, config)
+        self._axes = axes = self._pools.axes(pages_axes(self._pools.sizes, fmt))
+        each = self._pools.each
         jit = partial(engine.jit, phase="decode")
         self.prefill = engine.jit(f"prefill_{fmt.name}", partial(prefill, fmt=fmt), phase="prefill")
         self.prefill_scored = engine.jit(
@@ -48,18 +51,23 @@ class StepPrograms:
         self.enter = jit("enter", enter, donate=(1, 2))
         self.forward = jit("decode", forward, donate=(0,))
         self.choose = jit("choose", choose, donate=(1, 2))
-        self.insert = jit("insert", lambda _, pages, *new: pages.inserted(*new), donate=(0,), out_axes=axes)
-        self.copy = jit("copy", lambda _, pages, *which: pages.copied(*which), donate=(0,), out_axes=axes)
-        self.gather = jit("gather", lambda _, pages, tables: pages.gathered(tables))
+        self.insert = jit("insert", of_pools(each(KVPages.inserted, own=3)), donate=(0,), out_axes=axes)
+        self.copy = jit("copy", of_pools(each(KVPages.copied)), donate=(0,), out_axes=axes)
+        self.gather = jit("gather", of_pools(each(KVPages.gathered)))
         self.buckets = RowBuckets()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, on all devices together."""
+        return self._pools.page_bytes(self._format)
 
     def zeros(self, num_pages: int) -> KVPages:
         """An empty pool of so many pages in each part."""
-        config, parts, fmt = self._config, self._engine.data_parts, self._format
+        pools, parts, fmt = self._pools, self._engine.data_parts, self._format
         pages: KVPages = self._engine.jit(
             f"pages_{num_pages}_{fmt.name}",
-            lambda _: KVPages.zeros(config, parts, num_pages, fmt),
-            out_axes=pages_axes(config, fmt),
+            of_pools(pools.each(lambda: KVPages.zeros(pools.sizes, parts, num_pages, fmt))),
+            out_axes=self._axes,
             phase="decode",
         )()
         return pages
@@ -68,8 +76,8 @@ class StepPrograms:
         """The first ``num_pages`` pages, new ones empty."""
         resize = self._engine.jit(
             f"resize_{num_pages}",
-            lambda _, pages: pages.resized(num_pages),
-            out_axes=pages_axes(self._config, self._format),
+            of_pools(self._pools.each(lambda pages: pages.resized(num_pages))),
+            out_axes=self._axes,
             phase="decode",
         )
         found: KVPages = resize(pages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from spmd_infer.models.attention import LayerCache
 from spmd_infer.models.cache_formats import CacheFormat, Packed
 from spmd_infer.models.chunk_attention import ChunkCache
 from spmd_infer.models.page_view import PageView
+from spmd_infer.models.pipeline import kept_layers, shared_by_stages
 from spmd_infer.models.prompt_attention import XLA
 
 Cache = TypeVar("Cache", bound=LayerCache)
@@ -33,6 +34,10 @@ class Decoder(Protocol):
     @property
     def config(self) -> CacheSizes:
         """Sizes of the model."""
+
+    @property
+    def layers(self) -> Any:
+        """Its layers: a list, or ``Stages``."""
 
     def hidden(
         self, input_ids: jax.Array, positions: jax.Array, caches: Sequence[Cache] = ()
@@ -69,7 +74,7 @@ class Chunk:
     Attributes:
         input_ids: ``[D, b, T]`` int32, padded on the right.
         starts: ``[D, b]`` int32, where each begins in its prompt.
-        counts: ``[D, b]`` int32, tokens of each, at least 1.
+        counts: ``[D, b]`` int32, tokens of each; 0 for a row that only fills up.
         way: how chunks that begin their prompts are attended over, one of ``prompt_attention.PROMPT_WAYS``.
         adapters: the adapter of each; None where no row has one.
     """
@@ -169,7 +174,8 @@ def prefill_scored(
 
 
 def _last_logits(model: Decoder, x: jax.Array, chunk: Chunk) -> jax.Array:
-    last = jnp.take_along_axis(x, (flat(chunk.counts) - 1)[:, None, None], axis=1)[:, 0]  # [B, D]
+    last = jnp.maximum(flat(chunk.counts) - 1, 0)
+    last = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]  # [B, D]
     return constrain(model.logits(last), BATCH, VOCAB)
 
 
@@ -204,8 +210,9 @@ def run_chunk(
     """States ``[D b, T, E]`` of a chunk, and keys and values of each layer; see ``prefill``."""
     starts = flat(chunk.starts)
     positions = starts[:, None] + jnp.arange(chunk.input_ids.shape[-1])
-    before = list(zip(*earlier, strict=True)) if earlier is not None else [None] * model.config.num_layers
-    caches = [ChunkCache(starts, fmt, pages, chunk.way) for pages in before]
+    begins, used = shared_by_stages(model.layers, (starts, flat(chunk.counts) > 0))
+    before = list(zip(*earlier, strict=True)) if earlier is not None else [None] * kept_layers(model.layers)
+    caches = [ChunkCache(begins, fmt, pages, chunk.way, used=used) for pages in before]
     if chunk.adapters is not None:
         chunk.adapters.onto(model)
     x, done = model.hidden(flat(chunk.input_ids), positions, caches)
@@ -230,7 +237,7 @@ def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[j
         Logits ``[D b, V]`` of each row's next token, and the cache with one position more of each row.
     """
     lengths = take(state.lengths, rows.slots)
-    view = replace(rows.view, limits=rows.view.limits * (lengths + 1))
+    view = shared_by_stages(model.layers, replace(rows.view, limits=rows.view.limits * (lengths + 1)))
     if rows.adapters is not None:
         rows.adapters.onto(model)
     tokens = jnp.maximum(flat(take(state.tokens, rows.slots)), 0)  # -1 in a row that ended for want of a token

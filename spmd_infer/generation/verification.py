@@ -15,6 +15,7 @@ from spmd_infer.generation.slots import Slots, flat, take
 from spmd_infer.generation.speculation import PromptLookup
 from spmd_infer.generation.steps import Chunk, Decoder, Layers, Rows, run_chunk
 from spmd_infer.models.cache_formats import CacheFormat
+from spmd_infer.models.pipeline import shared_by_stages
 
 
 def remember(history: jax.Array, state: Slots, slots: jax.Array, texts: jax.Array | None) -> jax.Array:
@@ -130,7 +131,7 @@ def _run(
     model: Decoder, pages: KVPages, tokens: jax.Array, positions: jax.Array, rows: Rows
 ) -> tuple[jax.Array, KVPages]:
     """States ``[D, b, T, D]`` of ``tokens [D, b, T]``, written up to the last of ``positions``."""
-    view = replace(rows.view, limits=rows.view.limits * (positions[..., -1] + 1))
+    view = shared_by_stages(model.layers, replace(rows.view, limits=rows.view.limits * (positions[..., -1] + 1)))
     if rows.adapters is not None:
         rows.adapters.onto(model)
     x, done = model.hidden(flat(jnp.maximum(tokens, 0)), flat(positions), pages.layers(view))

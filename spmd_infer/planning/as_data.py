@@ -103,7 +103,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 def _pipeline(pipeline: Pipeline) -> dict[str, float]:
     return {
         "stages": pipeline.stages,
-        "layers_per_stage": pipeline.layers,
+        "layers_per_stage": pipeline.depth,
         "microbatches": pipeline.microbatches,
         "ticks": pipeline.ticks,
         "bubble_share": pipeline.bubble,

@@ -68,12 +68,15 @@ def collectives(program: Any) -> list[Collective]:
         In program order. One inside a loop's body counts once.
     """
     text = program if isinstance(program, str) else program.as_text()
-    found = []
-    for line in text.splitlines():
-        match = _INSTRUCTION.search(line)
-        if match is not None:
-            found.append(Collective(match["kind"], _result_bytes(match["shape"], bool(match["start"])), _groups(line)))
-    return found
+    return [found for line in text.splitlines() if (found := collective_in(line)) is not None]
+
+
+def collective_in(line: str) -> Collective | None:
+    """The collective that a line of HLO text is; None where it is something else."""
+    match = _INSTRUCTION.search(line)
+    if match is None:
+        return None
+    return Collective(match["kind"], _result_bytes(match["shape"], bool(match["start"])), _groups(line))
 
 
 def summary(found: Iterable[Collective], mesh: Mesh) -> str:

@@ -87,13 +87,23 @@ class Pipeline:
 
     Attributes:
         stages: how many there are.
-        layers: of each.
+        layers: of the model; the first stages have one more than the others where stages do not divide them.
         microbatches: into how many parts a batch is cut.
     """
 
     stages: int
     layers: int
     microbatches: int
+
+    @property
+    def depth(self) -> int:
+        """Layers of the fullest stage."""
+        return -(-self.layers // self.stages)
+
+    @property
+    def fullest(self) -> float:
+        """Layers of the fullest stage over their mean."""
+        return self.depth * self.stages / self.layers
 
     @property
     def ticks(self) -> int:
@@ -106,8 +116,9 @@ class Pipeline:
         return (self.stages - 1) / self.ticks
 
     def __str__(self) -> str:
+        each = f"{self.layers // self.stages}{f' or {self.depth}' if self.layers % self.stages else ''} layers each"
         return (
-            f"pipeline of {self.stages} stages, {self.layers} layers each: a batch passes in {self.microbatches} "
+            f"pipeline of {self.stages} stages, {each}: a batch passes in {self.microbatches} "
             f"micro-batches, and a stage idles {self.bubble:.0%} of the time ({self.stages - 1} of {self.ticks} ticks)"
         )
 

@@ -10,7 +10,7 @@ from spmd_infer.axes import BATCH, EXPERTS, LAYERS, MLP, AxisRules
 from spmd_infer.errors import PlanError
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.planning.cost import MeshCost, collective_time
-from spmd_infer.planning.estimates import StepTime
+from spmd_infer.planning.estimates import Pipeline, StepTime
 from spmd_infer.planning.hardware import Cluster
 
 
@@ -38,22 +38,22 @@ class PipelineCost:
     Attributes:
         time: of the whole step, embedding and head included.
         bubble: the part of the ticks in which a stage works on no micro-batch.
-        permutes: messages between neighbouring stages; each array that travels goes on to the next stage, and makes
-            room behind it, once a tick.
+        permutes: messages between neighbouring stages: activations go on to the next stage, and others make room behind
+            them, once a tick.
     """
 
     time: StepTime
     bubble: float
-    permutes: tuple[Message, ...]
+    permutes: Message
 
 
 def pipeline_cost(
     whole: MeshCost,
     outside: MeshCost,
     layer_weights: int,
-    row_bytes: Sequence[int],
+    row_bytes: int,
     rows: int,
-    microbatches: int,
+    shape: Pipeline,
     mesh: MeshSpec,
     rules: AxisRules,
     cluster: Cluster,
@@ -61,16 +61,16 @@ def pipeline_cost(
     """Estimate a step of a pipeline from the same step without one.
 
     A step takes M + S - 1 ticks. In each, every stage passes one of M micro-batches through its own layers, for which
-    it reads their weights, and then passes it on. Simulated devices share one machine, which also computes the ticks
-    in which a stage has nothing to do.
+    it reads their weights, and then passes it on; the fullest stage sets the pace. Simulated devices share one machine:
+    there a stage that has nothing to do leaves it to the others, and what counts is the work of all stages together.
 
     Args:
         whole: the model with its layers one by one, on ``mesh`` with rows split over the stages (as ``rules`` say).
         outside: likewise without any layer.
         layer_weights: bytes of all layers' weights on one device, were there no stages.
-        row_bytes: bytes of one row of each array that travels through the pipeline.
+        row_bytes: bytes of one row of the activations that travel through the pipeline.
         rows: rows of the batch.
-        microbatches: M.
+        shape: stages, layers and micro-batches.
         mesh: the mesh, with its stages.
         rules: where logical axes go; the rows over the stages too.
         cluster: the devices.
@@ -80,34 +80,34 @@ def pipeline_cost(
     """
     if whole.time is None or outside.time is None:
         raise PlanError("the cost of a pipeline needs the work of a step; give the inputs")
-    axes = tuple(axis for axis in rules.mesh_axes(LAYERS) if mesh.shape.get(axis, 1) > 1)
-    stages = prod(mesh.shape[axis] for axis in axes)
-    ticks = microbatches + stages - 1
+    stages, count = shape.stages, shape.microbatches
+    shared = cluster.device.shared
+    pace = 1.0 if shared else shape.fullest  # of the fullest stage against the mean
+    working = count if shared else shape.ticks
     reads = layer_weights / _bandwidth(cluster)
-    compute = (whole.time.compute - outside.time.compute) / microbatches
-    memory = max(0.0, whole.time.memory - outside.time.memory - reads) / microbatches + reads / stages
+    compute = (whole.time.compute - outside.time.compute) / count * pace
+    memory = (max(0.0, whole.time.memory - outside.time.memory - reads) / count + reads / stages) * pace
     talk = 0.0
     for (kind, along), traffic in whole.collectives.items():
         before = outside.collectives.get((kind, along))
-        count = traffic.count - (before.count if before else 0)
+        times = traffic.count - (before.count if before else 0)
         nbytes = traffic.nbytes - (before.nbytes if before else 0)
-        if count > 0:
-            size = nbytes / count * stages / microbatches
-            talk += count / stages * collective_time(kind, int(size), mesh, along, cluster)
+        if times > 0:
+            size = nbytes / times * stages / count
+            talk += times / stages * pace * collective_time(kind, int(size), mesh, along, cluster)
+    axes = tuple(axis for axis in rules.mesh_axes(LAYERS) if mesh.shape.get(axis, 1) > 1)
     parts = rules.row_parts(mesh.shape) // stages
-    permutes = tuple(
-        Message("collective-permute", axes, size * rows // microbatches // parts, 2 * ticks) for size in row_bytes
-    )
+    permutes = Message("collective-permute", axes, row_bytes * rows // count // parts, 2 * shape.ticks)
     tick = max(compute, memory) + talk
-    passing = message_time(permutes, mesh, cluster)
+    passing = message_time((permutes,), mesh, cluster)
     return PipelineCost(
         StepTime(
-            compute=outside.time.compute + ticks * compute,
-            memory=outside.time.memory + ticks * memory,
-            collectives=outside.time.collectives + ticks * talk + passing,
-            total_seconds=outside.time.total + ticks * tick + passing,
+            compute=outside.time.compute + working * compute,
+            memory=outside.time.memory + working * memory,
+            collectives=outside.time.collectives + working * talk + passing,
+            total_seconds=outside.time.total + working * tick + passing,
         ),
-        (stages - 1) / ticks,
+        shape.bubble,
         permutes,
     )
 

@@ -16,7 +16,7 @@ from spmd_infer.planning.cost import MeshCost, Traffic, cost_of, reshard_time
 from spmd_infer.planning.estimates import RESERVE, Candidate, Memory, PhaseEstimate, StepTime, gigabytes
 from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.layout import WeightLayout, weight_layouts
-from spmd_infer.planning.stages import StagedWork, stage_parts, staged_cost
+from spmd_infer.planning.stages import fastest_cut, stage_parts
 from spmd_infer.planning.tensor_search import TensorSearch, bare, search_tensors
 from spmd_infer.planning.traces import Shallow, Traces
 from spmd_infer.planning.work import Work
@@ -127,33 +127,37 @@ class Planner:
         model, rules = self.staged(mesh, asked)
         parts = rules.row_parts(mesh.shape)
         padded = -(-rows // parts) * parts
-        work = None
-        for phase in self._phases:  # one at most
-            whole = self._traces.work(phase, padded)
-            outside = self._traces.outside(phase, padded) if whole is not None else None
-            work = StagedWork(whole, *outside) if whole is not None and outside is not None else None
-        weights = weight_layouts(model, rules, mesh.shape)
-        cost = staged_cost(mesh, rules, model, weights, work, padded, self._part(mesh))
-        estimates = [
-            PhaseEstimate(phase.name, rules.name, phase.times, cost.time, _words(cost.collectives))
+        weights, cluster = weight_layouts(model, rules, mesh.shape), self._part(mesh)
+        costs = [
+            fastest_cut(mesh, rules, model, weights, self._traces.staged(phase, padded), padded, cluster)
             for phase in self._phases
+        ] or [fastest_cut(mesh, rules, model, weights, None, padded, cluster)]
+        memory = Memory(
+            weights=costs[0].memory.weights,
+            cache=max(cost.memory.cache for cost in costs),
+            activations=max(cost.memory.activations for cost in costs),
+            inputs=max(cost.memory.inputs for cost in costs),
+        )
+        estimates = tuple(
+            PhaseEstimate(phase.name, rules.name, phase.times, cost.time, _words(cost.collectives))
+            for phase, cost in zip(self._phases, costs, strict=False)
             if cost.time is not None
-        ]
-        grows = cost.memory.total - cost.memory.weights
-        room = self.available - cost.memory.weights
+        )
+        grows = memory.total - memory.weights
+        room = self.available - memory.weights
         return self._judged(
             Candidate(
                 mesh,
-                cost.memory,
-                cost.time,
-                estimates[0].collectives if estimates else "",
+                memory,
+                _sum(estimates, 0.0) if estimates and len(estimates) == len(self._phases) else None,
+                estimates[-1].collectives if estimates else "",
                 "",
                 rules.name,
-                tuple(estimates),
+                estimates,
                 {phase.name: rules for phase in self._phases},
                 most_rows=max(0, int(room / grows * padded)) if grows else 0,
                 rows=padded,
-                pipeline=cost.pipeline,
+                pipeline=costs[-1].pipeline,
             )
         )
 

@@ -61,11 +61,8 @@ def make_plan(
     """
     workload = workload or Workload()
     staged = mesh is not None and stage_parts(rules or ONE_D, mesh.shape) > 1
-    forward = staged and bool(phases)
-    if (staged or not phases) and inputs is not None:
+    if not phases and inputs is not None:
         phases = (Phase("infer", None, inputs),)
-        if shallow is not None:
-            shallow = shallow.taking({"infer": inputs})
     several = SEARCHED if model.axes else (ONE_D, WEIGHT_GATHERED)  # the others move only axes that are named
     searched = several if mesh is None and not cluster.device.shared else (ONE_D,)
     if shallow is None and without_experts(model)[1].sizes:
@@ -112,7 +109,7 @@ def make_plan(
         given=mesh is not None,
         notes=(
             *([planner.untraced] if planner.untraced else []),
-            *_pipeline_notes(chosen, forward=forward),
+            *_pipeline_notes(chosen),
             *_notes(weights, chosen.mesh),
         ),
         tensors=tensors,
@@ -138,7 +135,7 @@ def _meshes(cluster: Cluster, given: MeshSpec | None, workload: Workload, layers
         for count in counts
         for axis, units in ((STAGE, layers), (EXPERT, experts))
         for parts in range(2, count + 1)
-        if count % parts == 0 and units and units % parts == 0
+        if count % parts == 0 and (parts <= units if axis == STAGE else units and units % parts == 0)
         for rest in (count // parts,)
         for model in range(1, rest + 1)
         if rest % model == 0
@@ -162,12 +159,11 @@ def _with_reason(candidate: Candidate, chosen: Candidate, workload: Workload, gi
     return replace(candidate, rejected=reason)
 
 
-def _pipeline_notes(chosen: Candidate, *, forward: bool) -> list[str]:
+def _pipeline_notes(chosen: Candidate) -> list[str]:
     """What the reader should know of a mesh with stages."""
     if chosen.pipeline is None:
         return []
-    notes = [str(chosen.pipeline), f"weights outside the layers are on all {chosen.pipeline.stages} stages"]
-    return notes + ["planned for whole forward passes: layers spread over stages keep no cache"] * forward
+    return [str(chosen.pipeline), f"weights outside the layers are on all {chosen.pipeline.stages} stages"]
 
 
 def _notes(layouts: tuple[WeightLayout, ...], mesh: MeshSpec) -> list[str]:

@@ -16,7 +16,7 @@ from spmd_infer.planning.hardware import Cluster
 from spmd_infer.planning.parallel_costs import ExpertWork
 from spmd_infer.planning.tracing import read_work
 from spmd_infer.planning.values import Value
-from spmd_infer.planning.work import Work, deeper
+from spmd_infer.planning.work import StagedWork, Work, deeper
 from spmd_infer.planning.workload import Workload
 from spmd_infer.staging import without_layers
 
@@ -35,10 +35,6 @@ class Shallow:
     two: tuple[ModelFunction, Mapping[str, Any]]
     three: tuple[ModelFunction, Mapping[str, Any]]
 
-    def taking(self, inputs: Mapping[str, Any]) -> Shallow:
-        """The same models with other inputs, which do not depend on the number of layers."""
-        return Shallow(self.num_layers, (self.two[0], inputs), (self.three[0], inputs))
-
 
 class Traces:
     """The work of one model for one workload.
@@ -52,7 +48,7 @@ class Traces:
         self._called, self._experts = (model, SeenExperts([])) if shallow is not None else without_experts(model)
         self._works: dict[tuple[str, int], Work | None] = {}
         self._blocks: dict[tuple[str, int], list[ExpertWork]] = {}
-        self._outside: dict[tuple[str, int], tuple[Work, tuple[int, ...]] | None] = {}
+        self._outside: dict[tuple[str, int], tuple[Work, int] | None] = {}
         self.failed = ""
 
     def work(self, phase: Phase, rows: int) -> Work | None:
@@ -69,13 +65,20 @@ class Traces:
                 )
         return self._works.get(key)
 
-    def outside(self, phase: Phase, rows: int) -> tuple[Work, tuple[int, ...]] | None:
-        """What a step computes outside the layers, and the bytes of one row of each array that passes through them."""
+    def staged(self, phase: Phase, rows: int) -> StagedWork | None:
+        """The same in parts, for layers spread over stages; None where the model cannot be traced without any layer."""
+        whole = self.work(phase, rows)
+        outside = self._without_layers(phase, rows) if whole is not None else None
+        return StagedWork(whole, *outside) if whole is not None and outside is not None else None
+
+    def _without_layers(self, phase: Phase, rows: int) -> tuple[Work, int] | None:
+        """What a step computes outside the layers, and the bytes of one row of what passes through them."""
         key = (phase.name, rows)
         if key not in self._outside:
             model, seen = without_layers(self._model)
+            called = model if phase.call is None else replace(model, call=phase.call)
             try:
-                work = read_work(model, *self._workload.batch(phase.inputs, rows))
+                work = read_work(called, *self._workload.batch(phase.inputs, rows))
                 self._outside[key] = work, seen.row_bytes
             except Exception:  # a model's own code may need a layer at least
                 self._outside[key] = None

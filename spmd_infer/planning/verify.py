@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from spmd_infer.axes import AxisRules, axis_scope
+from spmd_infer.axes import STAGE, AxisRules, axis_scope
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec
 from spmd_infer.models.phases import Phase
-from spmd_infer.planning.audit import collectives
-from spmd_infer.planning.cost import Traffic, cost_of, is_cache
+from spmd_infer.models.pipeline import MOST_PARTS
+from spmd_infer.planning.audit import collective_in
+from spmd_infer.planning.cost import Traffic, is_cache
+from spmd_infer.planning.estimates import Pipeline
 from spmd_infer.planning.hardware import Cluster
-from spmd_infer.planning.layout import weight_layouts
-from spmd_infer.planning.tracing import read_work
+from spmd_infer.planning.program_loops import runs
 from spmd_infer.planning.values import Value
+from spmd_infer.planning.verify_inputs import foreseen
 from spmd_infer.planning.workload import Workload
+from spmd_infer.staging import for_stages
 from spmd_infer.tensors import InputSpec
 
 SMALL_TRAFFIC = 0.05
@@ -125,7 +128,14 @@ class PhaseReport:
 
 
 def verify_phase(
-    model: ModelFunction, phase: Phase, spec: MeshSpec, rules: AxisRules, workload: Workload, cluster: Cluster
+    model: ModelFunction,
+    phase: Phase,
+    spec: MeshSpec,
+    rules: AxisRules,
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    most_parts: int = MOST_PARTS,
 ) -> PhaseReport:
     """Compile one phase on the devices of this process and compare.
 
@@ -136,36 +146,46 @@ def verify_phase(
         rules: where logical axes go in this phase.
         workload: the traffic; its rows must divide as the rules want.
         cluster: what was planned for.
+        most_parts: into how many micro-batches a stage's rows are cut at most, on a mesh with stages.
     """
     begin = time.perf_counter()
     mesh = spec.build()
     model = model.with_params({path: _in_float32(param) for path, param in model.params.items()})
-    called = model if phase.call is None else ModelFunction(**{**vars(model), "call": phase.call})
-    inputs = jax.tree.map(_spec_in_float32, phase.inputs)
-    parts = rules.row_parts(spec.shape)
-    rows = -(-workload.rows // parts) * parts
-    batch, axes = workload.batch(inputs, rows)
-    layouts = weight_layouts(called, rules, spec.shape)
-    work = read_work(called, batch, axes)
-    planned = cost_of(spec, rules, layouts, work, cluster)
-    weights = {layout.path: NamedSharding(mesh, layout.spec) for layout in layouts}
-    compiled = _compile(called, batch, weights, work.inputs, rules, mesh, shared=cluster.device.shared)
-    found: dict[Key, Traffic] = {}
-    for collective in collectives(compiled):
-        key = (collective.kind, collective.axes(mesh))
-        known = found.get(key, Traffic())
-        found[key] = Traffic(known.count + 1, known.nbytes + collective.nbytes)
+    model, rules = for_stages(model, rules, spec.shape, most_parts)
+    phase = replace(phase, inputs=jax.tree.map(_spec_in_float32, phase.inputs))
+    program = foreseen(model, phase, spec, rules, workload, cluster)
+    weights = {layout.path: NamedSharding(mesh, layout.spec) for layout in program.layouts}
+    compiled = _compile(
+        program.model, program.batch, weights, program.inputs, rules, mesh, shared=cluster.device.shared
+    )
+    found = _traffic(compiled, mesh, program.pipeline)
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    own = planned.memory
+    own = program.cost.memory
     return PhaseReport(
         phase=phase.name,
         layout=rules.name,
-        traffic=tuple(compare(planned.collectives, found)),
+        traffic=tuple(compare(program.cost.collectives, found)),
         held=(own.weights + own.cache + own.inputs, int(held)),
         memory=(own.total, int(held + memory.temp_size_in_bytes)),
         seconds=time.perf_counter() - begin,
     )
+
+
+def _traffic(compiled: jax.stages.Compiled, mesh: Mesh, pipeline: Pipeline | None) -> dict[Key, Traffic]:
+    """The collectives of one step. A stage works in M of the ticks, and hands something on in all of them."""
+    found: dict[Key, Traffic] = {}
+    for run in runs(compiled):
+        collective = collective_in(run.line)
+        if collective is None:
+            continue
+        key = (collective.kind, collective.axes(mesh))
+        times = 1
+        if pipeline is not None and run.times == pipeline.ticks:
+            times = pipeline.ticks if STAGE in key[1] else pipeline.microbatches
+        known = found.get(key, Traffic())
+        found[key] = Traffic(known.count + times, known.nbytes + times * collective.nbytes)
+    return found
 
 
 def compare(planned: Mapping[Key, Traffic], found: Mapping[Key, Traffic]) -> list[TrafficLine]:

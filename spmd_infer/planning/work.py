@@ -87,6 +87,21 @@ def merged(items: Sequence[_Repeated]) -> list[_Repeated]:
     return [replace(item, times=count) for item, count in times.items()]
 
 
+@dataclass(frozen=True)
+class StagedWork:
+    """A step's work in parts.
+
+    Attributes:
+        whole: of the model with its layers one by one.
+        outside: without any layer.
+        row_bytes: bytes of one row of the activations that travel through the layers.
+    """
+
+    whole: Work
+    outside: Work
+    row_bytes: int
+
+
 def deeper(two: Work, three: Work, num_layers: int) -> Work:
     """The work of a model of many equal layers, from that of the same model with two and with three of them.
 

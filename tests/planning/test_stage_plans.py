@@ -17,7 +17,7 @@ from spmd_infer.models.bert import Bert
 from spmd_infer.models.bert import Config as BertConfig
 from spmd_infer.models.bert import input_spec as bert_inputs
 from spmd_infer.models.llama import Config, Llama, input_spec
-from spmd_infer.models.pipeline import bubble_share, microbatch_count
+from spmd_infer.models.pipeline import bubble_share
 from spmd_infer.planning.audit import collectives
 from spmd_infer.planning.hardware import Cluster, found_cluster, parse_cluster
 from spmd_infer.planning.page import page
@@ -73,10 +73,10 @@ def test_copies_are_simpler_where_they_fit() -> None:
 def test_bubble_and_microbatches_are_said() -> None:
     model = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))
     plan = si.plan(model, devices=8, mesh="stage=4,data=2", inputs=input_spec(CONFIG), batch=ROWS, length=LENGTH)
-    count = microbatch_count(ROWS, 4, 2)
-    bubble = bubble_share(4, count)
     assert plan.chosen.pipeline is not None
-    assert (plan.chosen.pipeline.microbatches, plan.chosen.pipeline.bubble) == (count, bubble)
+    count = plan.chosen.pipeline.microbatches
+    bubble = bubble_share(4, count)
+    assert plan.chosen.pipeline.bubble == bubble
     chosen = json.loads(json.dumps(plan.to_dict()))["candidates"][0]
     assert chosen["pipeline"] == {
         "stages": 4,
@@ -101,12 +101,12 @@ def test_the_engine_does_what_the_plan_says(mesh: str) -> None:
     pipeline = engine.plan.chosen.pipeline
     assert pipeline is not None
     # The program's loop has each collective of a tick once.
-    layers = 2 * pipeline.layers if engine.mesh.shape.get("model", 1) > 1 else 0
-    words = [f"{4 * pipeline.ticks} collective-permute over stage"]
-    words = [f"{layers * pipeline.ticks + 1} all-reduce over model", *words] if layers else words
+    layers = 2 * pipeline.depth if engine.mesh.shape.get("model", 1) > 1 else 0
+    words = [f"{2 * pipeline.ticks} collective-permute over stage"]
+    words = [f"{layers * pipeline.microbatches + 1} all-reduce over model", *words] if layers else words
     assert engine.plan.chosen.collectives == ", ".join(words)
     kinds = [collective.kind for collective in found]
-    assert kinds.count("collective-permute") == 4
+    assert kinds.count("collective-permute") == 2
     assert kinds.count("all-reduce") == (layers + 1 if layers else 0)
     assert set(engine.memory().weights.values()) == {engine.plan.chosen.memory.weights}
 
@@ -125,14 +125,21 @@ def test_generation_is_planned_without_stages_unless_they_are_given() -> None:
     plan = si.plan("llama-3.1-8b", devices="8xH100", batch=4)
     assert all(candidate.pipeline is None for candidate in plan.candidates)
     given = si.plan("llama-3.1-8b", devices="8xH100", batch=16, mesh="stage=8")
-    assert [phase.name for phase in given.chosen.phases] == ["infer"]
-    assert any("keep no cache" in note for note in given.notes)
+    assert [phase.name for phase in given.chosen.phases] == ["prefill", "decode"]
+    assert given.chosen.pipeline is not None
+    assert given.chosen.pipeline.microbatches == 8
+    whole = si.plan("llama-3.1-8b", devices="1xH100", batch=16)
+    assert given.chosen.memory.cache == pytest.approx(whole.chosen.memory.cache / 8)
 
 
 def test_stages_that_do_not_divide_the_layers() -> None:
     model = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))
-    with pytest.raises(ModelError, match="4 layers of Llama cannot be shared out evenly over 3 stages"):
-        si.plan(model, devices=6, mesh="stage=3,data=2", inputs=input_spec(CONFIG))
+    uneven = si.plan(model, devices=6, mesh="stage=3,data=2", inputs=input_spec(CONFIG), batch=ROWS, length=LENGTH)
+    even = si.plan(model, devices=4, mesh="stage=2,data=2", inputs=input_spec(CONFIG), batch=ROWS, length=LENGTH)
+    assert uneven.chosen.memory.weights == even.chosen.memory.weights  # two layers in the fullest stage
+    assert "pipeline of 3 stages, 1 or 2 layers each" in uneven.explain()
+    with pytest.raises(ModelError, match=r"4 layers of Llama cannot be shared out over 8 stages: .* use 2 to 4 stages"):
+        si.plan(model, devices=8, mesh="stage=8", inputs=input_spec(CONFIG))
     assert layer_count(model_function(model)) == 4
     assert layer_count(model_function(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))) == 0
     with pytest.raises(ModelError, match="does not say which"):

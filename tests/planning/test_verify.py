@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from spmd_infer.axes import current_scope
 from spmd_infer.errors import PlanError
 from spmd_infer.functional import model_function
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.models.bert import Bert
+from spmd_infer.models.bert import Config as BertConfig
+from spmd_infer.models.bert import input_spec as bert_inputs
 from spmd_infer.models.llama import Config, Llama
 from spmd_infer.models.phases import Phase, decoder_phases
 from spmd_infer.plan_verification import _rules_from_json, _rules_to_json, verify_plan
@@ -29,6 +33,8 @@ from tests.cli.test_commands import run
 CONFIG = Config(
     vocab_size=512, embed_dim=256, mlp_dim=512, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=32, context_len=64
 )
+DEEP = replace(CONFIG, num_layers=5)  # which neither 2 nor 4 stages divide
+ENCODER = BertConfig(vocab_size=512, embed_dim=256, mlp_dim=512, num_layers=5, num_heads=8, max_positions=64)
 REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 
 
@@ -44,6 +50,36 @@ def test_programs_of_a_decoder_are_as_planned(layout: str, phase: Phase, mesh_te
     # Weights, cache, inputs and results are known to the byte but for a few scalars that XLA keeps.
     assert report.held[1] == pytest.approx(report.held[0], rel=1e-3, abs=4096)
     assert PhaseReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+
+
+STAGES = ("stage=2,data=2", "stage=2,model=2", "stage=4,model=2")
+
+
+@pytest.mark.parametrize("mesh", STAGES)
+@pytest.mark.parametrize("phase", decoder_phases(DEEP, 32, 8, np.float32), ids=lambda phase: phase.name)
+def test_programs_of_a_decoder_on_stages_are_as_planned(phase: Phase, mesh: str) -> None:
+    model = model_function(nnx.eval_shape(lambda: Llama(DEEP, rngs=nnx.Rngs(0))))
+    rules, spec = ONE_D.with_units(DEEP.axis_units()), MeshSpec.parse(mesh)
+    report = verify_phase(model, phase, spec, rules, Workload(rows=16, sizes={"seq": 32}), parse_cluster("8xH100"))
+    assert all(line.explained for line in report.traffic), report
+    found = {(line.kind, line.axes): line.found for line in report.traffic}
+    stages = spec.shape["stage"]
+    assert found["collective-permute", ("stage",)] == 2 * (2 * stages - 1)  # ticks, one micro-batch a stage
+    if "model" in spec.shape:
+        assert found["all-reduce", ("model",)] == 1 + 2 * -(-DEEP.num_layers // stages) * stages
+    assert report.held[1] == pytest.approx(report.held[0], rel=1e-3, abs=4096)
+    assert abs(report.memory_difference) <= 0.1
+
+
+@pytest.mark.parametrize("mesh", STAGES)
+def test_an_encoder_on_stages_is_as_planned(mesh: str) -> None:
+    model = model_function(nnx.eval_shape(lambda: Bert(ENCODER, rngs=nnx.Rngs(0))))
+    phase, rules = Phase("infer", None, bert_inputs(ENCODER)), ONE_D.with_units(ENCODER.axis_units())
+    report = verify_phase(
+        model, phase, MeshSpec.parse(mesh), rules, Workload(rows=32, sizes={"seq": 32}), parse_cluster("8xH100")
+    )
+    assert all(line.explained for line in report.traffic), report
+    assert report.held[1] == pytest.approx(report.held[0], rel=1e-3, abs=4096)
 
 
 def test_what_a_model_does_behind_the_planners_back_is_found() -> None:
