@@ -1,9 +1,10 @@
 """Does a step's time grow with devices as plans say? Pipelines, ring attention and experts, on 1, 2, 4 and 8
 simulated devices, the same batch on all of them.
 
-Simulated devices share one machine: more of them make nothing faster, and what grows is what the layout costs (bubble,
-messages, gathered tokens). All cases are compiled first and then run in turns, forwards and backwards; medians. The
-prediction is that of the engine's own plan, from the machine's entry in the hardware table; measure it first:
+Simulated devices share one machine: more of them make nothing faster, and what grows is what the layout costs (messages,
+gathered tokens, weights read again). All cases are compiled first and then run in turns, forwards and backwards;
+medians, of processor time too, which other work on the machine disturbs less. The prediction is that of the engine's own
+plan, from the machine's entry in the hardware table; measure it first:
 
     spmd-infer bench device --save && spmd-infer bench collectives --save
     python benchmarks/pipeline_experts.py [--rounds 15] [--json FILE] [--plot FILE]
@@ -54,10 +55,15 @@ class Case:
     run: Callable[[], Any]
     note: str = ""
     seconds: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
 
     @property
     def measured(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def processor(self) -> float:
+        return statistics.median(self.worked)
 
 
 def compiled(engine: Engine, batch: Any) -> Callable[[], Any]:
@@ -149,14 +155,15 @@ def main() -> None:
     cases = [make(count) for make in (pipeline, ring, experts) for count in DEVICES]
     for number in range(options.rounds):
         for each in cases if number % 2 == 0 else reversed(cases):
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), time.process_time()
             each.run()
             each.seconds.append(time.perf_counter() - begin)
+            each.worked.append(time.process_time() - before)
     device = found_cluster(jax.devices()).device
     print(f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"figures of {device.name}: {device.source}")
-    titles = ("devices", "predicted ms", "measured ms", "growth pred.", "meas.", "ratio")
-    print(f"{'layout':<16}" + "".join(f"{t:>{w}}" for t, w in zip(titles, (8, 14, 13, 14, 8, 8), strict=True)))
+    titles = ("devices", "predicted ms", "measured ms", "growth pred.", "meas.", "ratio", "processor")
+    print(f"{'layout':<16}" + "".join(f"{t:>{w}}" for t, w in zip(titles, (8, 14, 13, 14, 8, 8, 11), strict=True)))
     rows = []
     first: dict[str, Case] = {}
     for each in cases:
@@ -170,12 +177,15 @@ def main() -> None:
             "predicted_growth": growth[0],
             "measured_growth": growth[1],
             "ratio": growth[1] / growth[0],
+            "processor_ms": each.processor * 1e3,
+            "processor_growth": each.processor / base.processor,
             "note": each.note,
         }
         rows.append(row)
         print(
             f"{each.layout:<16}{each.devices:>8}{row['predicted_ms']:>14.1f}{row['measured_ms']:>13.1f}"
-            f"{growth[0]:>14.2f}{growth[1]:>8.2f}{growth[1] / growth[0]:>8.2f}  {each.note}"
+            f"{growth[0]:>14.2f}{growth[1]:>8.2f}{growth[1] / growth[0]:>8.2f}{row['processor_growth']:>11.2f}"
+            f"  {each.note}"
         )
     if options.json:
         options.json.write_text(json.dumps({"device": device.name, "source": device.source, "rows": rows}, indent=1))
