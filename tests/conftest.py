@@ -1,7 +1,10 @@
 """What every test shares: eight simulated devices, the demo weights, and the meshes to try."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from functools import _lru_cache_wrapper
 from pathlib import Path
 
 # The one place that says on what the tests run; it must come before JAX is imported.
@@ -17,6 +20,7 @@ if _platform == "cpu":
 # A developer's own hardware table must not change what plans come to.
 os.environ["SPMD_INFER_HARDWARE"] = os.devnull
 
+import jax
 import pytest
 
 from spmd_infer import demo
@@ -24,6 +28,8 @@ from spmd_infer.errors import SpmdInferError
 
 # (data, model) sizes on which sharded must equal unsharded.
 MESHES = ((1, 1), (8, 1), (1, 8), (2, 4), (4, 2))
+MOST_MAPPINGS = 12_000
+"""Memory mappings that a process of the tests may begin a module with."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,6 +40,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             [f"data={data},model={model}" for data, model in MESHES],
             ids=[f"{data}x{model}" for data, model in MESHES],
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings() -> Iterator[None]:
+    """After a module, let go of engines and programs where they have become many.
+
+    Each program on CPU takes some ten memory mappings, of which Linux gives a process 65,530; the compilation that needs
+    one more ends it with a segmentation fault.
+    """
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        for name in [name for name in sys.modules if name.startswith("tests.")]:
+            for value in vars(sys.modules[name]).values():
+                if isinstance(value, _lru_cache_wrapper):
+                    value.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 def _demo(name: str) -> Path:
