@@ -39,10 +39,12 @@ class Judged(msgspec.Struct, frozen=True, tag="judged", tag_field="t"):
     Attributes:
         unit: the unit.
         poison: rows that crash the process by themselves, with what happened; None where that could not be found out.
+        apart: the others crash it together: they are to be computed one by one.
     """
 
     unit: int
     poison: dict[int, str] | None
+    apart: bool = False
 
 
 class Done(msgspec.Struct, frozen=True, tag="done", tag_field="t"):
@@ -135,9 +137,9 @@ class Log:
         with suppress(JobError):  # it may be left because nothing can be written
             self._append(_encode(Left(unit, row)) + b"\n")
 
-    def judge(self, unit: int, poison: dict[int, str] | None) -> None:
+    def judge(self, judged: Judged) -> None:
         """Write down what was found out about a unit."""
-        self._append(_encode(Judged(unit, poison)) + b"\n")
+        self._append(_encode(judged) + b"\n")
         self._flush()
 
     def done(self, unit: int, rows: int, failed: int, cut: int, results: bytes, errors: bytes) -> None:

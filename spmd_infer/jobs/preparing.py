@@ -88,12 +88,9 @@ def next_run(folder: JobFolder, record: JobRecord, options: RunOptions, stack: E
     run = folder.new_run()
     log = stack.enter_context(closing(Log(folder.log(run, 0))))
     for index in state.suspects():
-        poison = try_rows(folder.output, plan.units[index], options.unit_s, _say)
-        log.judge(index, poison)
-        state.judged.add(index)
-        if poison is not None:
-            del state.crashes[index]
-            state.poison[index] = poison
+        judged = try_rows(folder.output, plan.units[index], options.unit_s, _say)
+        log.judge(judged)
+        state.judge(judged)
     left = [unit for unit in plan.units if unit.index not in state.done]
     banned = {unit.index: state.banned(unit.index) for unit in left}
     if not options.quiet:
@@ -103,7 +100,7 @@ def next_run(folder: JobFolder, record: JobRecord, options: RunOptions, stack: E
         record.created,
         [unit.index for unit in left],
         {unit: rows for unit, rows in banned.items() if rows},
-        state.apart(),
+        sorted(state.apart - state.done.keys()),
     )
     return brief, log
 

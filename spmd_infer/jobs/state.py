@@ -22,38 +22,38 @@ class State:
         crashes: how often a process ended while it computed a unit, since that was last looked at.
         row_crashes: likewise for rows that were computed alone, by unit and row.
         poison: rows that crash the process, by unit, with what happened.
-        judged: units that have been looked at.
+        apart: units whose rows are to be computed one by one.
+        unclear: those of them whose rows could not be tried, so that what they do then counts.
     """
 
     done: dict[int, DoneAt] = field(default_factory=dict)
     crashes: Counter[int] = field(default_factory=Counter)
     row_crashes: Counter[tuple[int, int]] = field(default_factory=Counter)
     poison: dict[int, dict[int, str]] = field(default_factory=dict)
-    judged: set[int] = field(default_factory=set)
+    apart: set[int] = field(default_factory=set)
+    unclear: set[int] = field(default_factory=set)
 
     def suspects(self) -> list[int]:
         """Units that should be looked at before they are tried again."""
-        return sorted(
-            unit
-            for unit, count in self.crashes.items()
-            if count >= CRASHES and unit not in self.judged and unit not in self.done
-        )
-
-    def apart(self) -> list[int]:
-        """Units whose rows crash the process together and not one by one, or that could not be looked at."""
-        return sorted(
-            unit
-            for unit, count in self.crashes.items()
-            if count >= CRASHES and unit in self.judged and unit not in self.done
-        )
+        often = [unit for unit, count in self.crashes.items() if count >= CRASHES]
+        return sorted(unit for unit in often if unit not in self.apart and unit not in self.done)
 
     def banned(self, unit: int) -> dict[int, str]:
         """Rows of a unit that are not to be tried again, with what happened."""
         found = dict(self.poison.get(unit, {}))
         for (of, row), count in self.row_crashes.items():
-            if of == unit and count >= CRASHES:
+            if of == unit and count >= CRASHES and unit in self.unclear:
                 found.setdefault(row, f"the process ended {count} times while it computed this row alone")
         return found
+
+    def judge(self, judged: Judged) -> None:
+        """Take note of what was found out about a unit."""
+        self.crashes.pop(judged.unit, None)
+        self.poison.setdefault(judged.unit, {}).update(judged.poison or {})
+        if judged.apart:
+            self.apart.add(judged.unit)
+        if judged.poison is None:
+            self.unclear.add(judged.unit)
 
 
 def read_state(logs: Sequence[Path]) -> State:
@@ -74,10 +74,7 @@ def read_state(logs: Sequence[Path]) -> State:
                 else:
                     open_rows.discard((record.unit, record.row))
             elif isinstance(record, Judged):
-                state.judged.add(record.unit)
-                if record.poison is not None:
-                    state.crashes.pop(record.unit, None)
-                    state.poison.setdefault(record.unit, {}).update(record.poison)
+                state.judge(record)
             elif isinstance(record, Done):
                 assert place is not None
                 open_units.discard(record.unit)

@@ -1,4 +1,4 @@
-"""Which rows of a unit crash the process: each is tried alone, in a process of its own that may die of it.
+"""Which rows of a unit crash the process: each is tried alone, then all together, in a process that may die of it.
 
 A rank that is killed from outside leaves the same trace as one that dies of a row. The trial tells them apart: a row is
 found guilty only where the trial's process ends twice while that row alone is computed, and this one lives.
@@ -13,19 +13,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
 
 from spmd_infer.errors import JobError
+from spmd_infer.jobs.log import Judged
 from spmd_infer.jobs.state import CRASHES
 from spmd_infer.jobs.units import Unit
 
 READY_S = 1800.0
 """For a trial to load the model."""
 
-_PROGRAM = "import sys; from spmd_infer.jobs.trial import main; main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
+NONE, TOGETHER = -1, -2
+"""In place of a row's number: none yet; all rows of the unit that are not guilty, at once."""
+
+_PROGRAM = "import sys; from spmd_infer.jobs.trial import main; main(*sys.argv[1:])"
 
 
 class Word(msgspec.Struct, frozen=True):
@@ -39,22 +43,21 @@ class Word(msgspec.Struct, frozen=True):
     """
 
     t: str
-    row: int = -1
+    row: int = NONE
     raised: str = ""
 
 
-def try_rows(output: Path, unit: Unit, seconds: float, say: Callable[[str], None]) -> dict[int, str] | None:
+def try_rows(output: Path, unit: Unit, seconds: float, say: Callable[[str], None]) -> Judged:
     """Find the rows of a unit that end the process that computes them.
 
     Args:
         output: the job's output.
         unit: the unit.
-        seconds: that one row may take.
+        seconds: that one row, or all together, may take.
         say: tells the person.
 
     Returns:
-        The rows' numbers, with what happened; None where this cannot be found out, since the model
-        needs more than one process.
+        What was found; that nothing could be, where the model needs more than one process.
 
     Raises:
         JobError: a trial ended before it computed any row.
@@ -65,9 +68,9 @@ def try_rows(output: Path, unit: Unit, seconds: float, say: Callable[[str], None
     )
     guilty: dict[int, str] = {}
     ends: dict[int, list[str]] = {}
-    begin = unit.first
-    while begin < unit.first + unit.count:
-        trial = _Trial(output, unit.index, begin, seconds)
+    begin, end = unit.first, unit.first + unit.count
+    while True:
+        trial = _Trial(output, unit.index, begin, guilty, seconds)
         try:
             row, how = trial.run(guilty)
         finally:
@@ -75,36 +78,42 @@ def try_rows(output: Path, unit: Unit, seconds: float, say: Callable[[str], None
         if how == "all":
             break
         if how == "unable":
-            return None
-        if row < 0:
+            return Judged(unit.index, None, apart=True)
+        if row == NONE:
             raise JobError(f"the process that tries the rows of unit {unit.index} {how} before it computed any")
         ends.setdefault(row, []).append(how)
-        begin = row
+        begin = end if row == TOGETHER else row
         if len(ends[row]) == CRASHES:
+            if row == TOGETHER:
+                break
             guilty[row] = f"the process that computed this row alone {' and then '.join(ends[row])}"
             begin = row + 1
+    raised = guilty.pop(TOGETHER, "")
+    apart = bool(raised) or len(ends.get(TOGETHER, ())) == CRASHES
     left_out = f": left out are {', '.join(map(str, sorted(guilty)))}" if guilty else ""
-    say(f"unit {unit.index}: {len(guilty)} of its rows end the process{left_out}")
-    return guilty
+    how = raised or " and then ".join(ends.get(TOGETHER, ()))
+    rest = f"; together the others do too ({how}), so they are computed one by one" if apart else ""
+    say(f"unit {unit.index}: {len(guilty)} of its rows end the process{left_out}{rest}")
+    return Judged(unit.index, guilty, apart)
 
 
 class _Trial:
     """One process that tries rows."""
 
-    def __init__(self, output: Path, unit: int, begin: int, seconds: float) -> None:
+    def __init__(self, output: Path, unit: int, begin: int, guilty: Collection[int], seconds: float) -> None:
         self._seconds = seconds
         self._read, write = os.pipe()
         env = {**os.environ, "SPMD_INFER_TRIAL_FD": str(write)}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(output), str(unit), str(begin)],
+            [sys.executable, "-c", _PROGRAM, str(output), str(unit), str(begin), ",".join(map(str, guilty))],
             env=env, pass_fds=[write], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(write)
         self._pending = b""
 
     def run(self, guilty: dict[int, str]) -> tuple[int, str]:
-        """Until it ends; which row it was at, -1 for none, and how it ended."""
-        row, limit = -1, READY_S
+        """Until it ends; what it was at, a row, ``NONE`` or ``TOGETHER``, and how it ended."""
+        row, limit = NONE, READY_S
         while True:
             word = self._next(limit)
             if word is None:
@@ -115,7 +124,8 @@ class _Trial:
             if word.t == "begin":
                 row = word.row
             elif word.raised:
-                guilty[word.row] = f"computing this row alone raised {word.raised}"
+                what = "them" if word.row == TOGETHER else "this row alone"
+                guilty[word.row] = f"computing {what} raised {word.raised}"
 
     def end(self) -> None:
         """Leave nothing behind."""

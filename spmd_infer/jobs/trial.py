@@ -9,13 +9,21 @@ import msgspec
 
 from spmd_infer.errors import DoesNotFitError
 from spmd_infer.jobs.folder import JobFolder
+from spmd_infer.jobs.rows import Row
 from spmd_infer.jobs.sources import open_source
-from spmd_infer.jobs.suspects import Word
+from spmd_infer.jobs.suspects import TOGETHER, Word
 from spmd_infer.jobs.tasks import row_task
 
 
-def main(output: str, number: int, begin: int) -> None:
-    """Compute the rows of one unit, each alone, from row ``begin`` on, and say when each begins and ends."""
+def main(output: str, number: str, begin: str, guilty: str) -> None:
+    """Compute the rows of one unit, each alone, then together, and say when that begins and ends.
+
+    Args:
+        output: the job's output.
+        number: the unit's.
+        begin: the first row to compute alone.
+        guilty: rows to leave out, with commas between.
+    """
     pipe = int(os.environ["SPMD_INFER_TRIAL_FD"])
 
     def say(word: Word) -> None:
@@ -28,7 +36,7 @@ def main(output: str, number: int, begin: int) -> None:
     record = folder.record()
     assert record is not None
     spec = record.spec
-    unit = folder.plan().units[number]
+    unit = folder.plan().units[int(number)]
     rows = open_source(Path(spec.input), spec.format, spec.column).read(unit.first, unit.count, unit.place)
     task = row_task(spec, record.created)
     use_compile_cache()
@@ -38,12 +46,23 @@ def main(output: str, number: int, begin: int) -> None:
         say(Word("unable"))
         return
     say(Word("ready"))
-    for row in rows[begin - unit.first :]:
-        say(Word("begin", row.index))
+    out = {int(row) for row in guilty.split(",") if row}
+
+    def compute(name: int, some: list[Row]) -> None:
+        say(Word("begin", name))
         raised = ""
         try:
-            task.answer(engine, [row])
+            task.answer(engine, some)
         except Exception as error:
             raised = f"{type(error).__name__}: {error}"[:2000]
-        say(Word("end", row.index, raised))
+            if name != TOGETHER:
+                out.add(name)
+        say(Word("end", name, raised))
+
+    for row in rows[int(begin) - unit.first :]:
+        if row.index not in out:
+            compute(row.index, [row])
+    rest = [row for row in rows if row.index not in out]
+    if rest:
+        compute(TOGETHER, rest)
     say(Word("all"))

@@ -215,8 +215,8 @@ class Guard:
                 seen = "the connection is closed at once"
             except OSError as error:
                 seen = error.strerror or str(error)
-            if self._ward.gone.is_set():
-                return
+            if self._to_hub is None and self._ward.gone.is_set():
+                return  # once connected it says hello, and then what became of its rank
             if time.monotonic() > deadline:
                 raise _RefusedError(
                     f"rank {self.rank} did not reach the coordinator at {host}:{port} within "

@@ -18,6 +18,8 @@ class Shout:
                 raise TaskError(f"{text!r} cannot be shouted")
             if text == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if text == "alone" and len(texts) > 1:
+                os.kill(os.getpid(), signal.SIGSEGV)
             if text == "raise":
                 raise RuntimeError("no such word")
         return [{"shout": text.upper() + mark, "together": len(texts)} for text in texts]

@@ -13,6 +13,7 @@ from PIL import Image
 
 import spmd_infer as si
 from spmd_infer.errors import BatchError, JobError, JobHeldError, TaskError
+from spmd_infer.jobs.engines import fingerprint_of
 from spmd_infer.jobs.folder import JobFolder
 from spmd_infer.jobs.state import read_state
 from tests.jobs.conftest import DIGITS, Run
@@ -215,6 +216,8 @@ def test_other_weights_than_before(shout: Path, tmp_path: Path, run: Run) -> Non
     shutil.copytree(DIGITS, model)
     source, output = write_texts(tmp_path / "in.jsonl", ["a", "b"] * 9), tmp_path / "out.jsonl"
     assert not run(model, "shout", source, output, unit_cost=50, units=1).finished
+    before = fingerprint_of(si.Engine.load(model))
+    assert before == fingerprint_of(si.Engine.load(shutil.copytree(model, tmp_path / "elsewhere")))
     (file,) = model.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
