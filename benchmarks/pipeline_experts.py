@@ -1,10 +1,10 @@
 """Does a step's time grow with devices as plans say? Pipelines, ring attention and experts, on 1, 2, 4 and 8
 simulated devices, the same batch on all of them.
 
-Simulated devices share one machine: more of them make nothing faster, and what grows is what the layout costs (messages,
-gathered tokens, weights read again). All cases are compiled first and then run in turns, forwards and backwards;
-medians, of processor time too, which other work on the machine disturbs less. The prediction is that of the engine's own
-plan, from the machine's entry in the hardware table; measure it first:
+Simulated devices share one machine: more of them make nothing faster, and what grows is what the layout costs
+(messages, gathered tokens, weights read again). All cases are compiled first and then run in turns, forwards and
+backwards; medians, of processor time too, which other work on the machine disturbs less. The prediction is that of the
+engine's own plan, from the machine's entry in the hardware table; measure it first:
 
     spmd-infer bench device --save && spmd-infer bench collectives --save
     python benchmarks/pipeline_experts.py [--rounds 15] [--json FILE] [--plot FILE]
