@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +35,8 @@ SLACK_BYTES = 512 << 20
 
 Array = npt.NDArray[Any]
 Advance = Callable[[int], None]
+Check = tuple[int, Callable[[], None]]
+"""Something to do, and how many bytes it reads."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,6 @@ class CopyPlan:
     largest_bytes: int
     peak_bytes: int
 
-    def seconds(self, read_rate: float, write_rate: float, check_rate: float) -> float:
-        """How long it takes at these rates in bytes per second: reading while writing, then the check at the end."""
-        return max(self.read_bytes / read_rate, self.write_bytes / write_rate) + self.write_bytes / check_rate
-
 
 class Writing(Protocol):
     """One tensor on its way into a new checkpoint."""
@@ -120,6 +119,10 @@ class Sink(Protocol):
         """Tensors that need not be written again."""
         ...
 
+    def checks(self, info: TensorInfo) -> Sequence[Check]:
+        """What is to be done to compare what a run before wrote of a tensor with what it should be."""
+        ...
+
     def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> Any:
         """Begin to write a tensor, of which the source has these chunks; returns its ``Writing``."""
         ...
@@ -146,7 +149,7 @@ def plan_copy(reader: Reader, quantisation: Quantisation | None = None) -> CopyP
 
 
 def copy_tensors(reader: Reader, sink: Sink, advance: Advance, only: Container[str] | None = None) -> None:
-    """Write every tensor of a reader that the sink does not have yet.
+    """Write every tensor of a reader that the sink does not have yet, and compare those that it has.
 
     Args:
         reader: where from.
@@ -160,7 +163,9 @@ def copy_tensors(reader: Reader, sink: Sink, advance: Advance, only: Container[s
             if only is not None and info.name not in only:
                 continue
             if info.name in sink.done:
-                advance(info.nbytes)
+                for nbytes, check in sink.checks(info):
+                    line.run(nbytes, check)
+                line.then(partial(advance, info.nbytes))
                 continue
             known = stored_chunks(reader, info.name)
             writing = sink.begin(info, known)
@@ -194,6 +199,11 @@ def _move_whole(reader: Reader, info: TensorInfo, writing: Writing) -> None:
 def _ended(sink: Sink, info: TensorInfo, writing: Writing, advance: Advance) -> None:
     sink.end(info, writing)
     advance(info.nbytes)
+
+
+def damaged_before(error: CheckpointError, work: Path) -> CheckpointError:
+    """What is said where a run before left something that is not what it should be."""
+    return CheckpointError(f"{error}; a run before this one wrote it: remove {work} to begin anew")
 
 
 def work_key(reader: Reader, options: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy.typing as npt
 
 from spmd_infer.checkpoints import quantise
 from spmd_infer.checkpoints.boxes import Box, pieces, whole
-from spmd_infer.checkpoints.copying import Quantisation
+from spmd_infer.checkpoints.copying import Check, Quantisation, damaged_before
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DTYPES, Chunk
 from spmd_infer.checkpoints.mesh_boxes import MeshLayout, unsplit
 from spmd_infer.checkpoints.native_writer import ArrayWriting, DataWriter, journal_entries, journal_step
 from spmd_infer.checkpoints.reader import TensorInfo
 from spmd_infer.checkpoints.shares import Part, Share
 from spmd_infer.checkpoints.target_folder import Journal
+from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes
 
 Array = npt.NDArray[Any]
@@ -35,12 +37,14 @@ class NativeSink:
         quantisation: Quantisation | None,
         share: Share,
         file_bytes: int,
+        keep: bool = False,
     ) -> None:
-        self._axes, self._layout, self._quantisation = axes, layout, quantisation
+        self._work, self._axes, self._layout, self._quantisation = work, axes, layout, quantisation
         self._journal = Journal(work / share.journal, key, lambda: share.clear(work))
         done = [journal_entries(step) for step in self._journal.steps]
-        arrays = {name: entry for entries in done for name, entry in entries.items()}
-        self.writer = DataWriter(work, arrays, part=share.index if share.count > 1 else None, file_bytes=file_bytes)
+        arrays = self._before = {name: entry for entries in done for name, entry in entries.items()}
+        part = share.index if share.count > 1 else None
+        self.writer = DataWriter(work, arrays, part=part, file_bytes=file_bytes, read_back=True, keep=keep)
         if self._journal.steps:
             files: Any = self._journal.steps[-1]["files"]
             self.writer.resume(files)
@@ -51,6 +55,18 @@ class NativeSink:
         names = set(self.writer.arrays)
         scaled = {name.removesuffix(quantise.SCALES_END) for name in names if name.endswith(quantise.SCALES_END)}
         return names | scaled
+
+    def checks(self, info: TensorInfo) -> list[Check]:
+        """Compare what a run before wrote of a tensor; see ``copying.Sink``."""
+        names = (info.name, info.name + quantise.VALUES_END, info.name + quantise.SCALES_END)
+        chunks = [(name, chunk) for name in names if name in self._before for chunk in self._before[name].chunks]
+        return [(chunk.nbytes, partial(self._check, chunk, name)) for name, chunk in chunks]
+
+    def _check(self, chunk: Chunk, name: str) -> None:
+        try:
+            self.writer.check(chunk, name)
+        except CheckpointError as error:
+            raise damaged_before(error, self._work) from error
 
     def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> ArrayWriting | _Quantising:
         """Begin to write one tensor, quantised where it is to be."""

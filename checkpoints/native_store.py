@@ -15,7 +15,6 @@ import msgspec
 from spmd_infer.checkpoints import quantise
 from spmd_infer.checkpoints.copying import Advance, CopyPlan, Quantisation, copy_tensors, plan_copy, work_key
 from spmd_infer.checkpoints.derived import DerivedReader
-from spmd_infer.checkpoints.file_bytes import FileBytes
 from spmd_infer.checkpoints.manifest import FORMAT, VERSION, Manifest, ModelEntry, QuantisedEntry
 from spmd_infer.checkpoints.manifest_file import write_manifest
 from spmd_infer.checkpoints.mesh_boxes import MeshLayout
@@ -27,7 +26,6 @@ from spmd_infer.checkpoints.remote import is_remote, named, url_of
 from spmd_infer.checkpoints.shares import Part, Share, joined
 from spmd_infer.checkpoints.side_files import write_side_files
 from spmd_infer.checkpoints.target_folder import check_space, described, locked, new_folder, work_folder
-from spmd_infer.checkpoints.verifying import verify_chunks
 from spmd_infer.errors import CheckpointError
 from spmd_infer.tensors import Axes
 
@@ -43,15 +41,14 @@ def store(
     layout: MeshLayout | None = None,
     quantisation: Quantisation | None = None,
     overwrite: bool = False,
-    check: bool = True,
     share: Share | None = None,
     what: str = "convert",
     advance: Advance = lambda count: None,
 ) -> CopyPlan:
     """Write a checkpoint as a native one, tensor by tensor.
 
-    A run that is killed is taken up by the next one with the same source and options. At the end everything that was
-    written is read again and its digests compared.
+    A run that is killed is taken up by the next one with the same source and options. Each chunk that was written is
+    read again and its digest compared, what an earlier run wrote as well; then the page cache lets go of it.
 
     Args:
         reader: what to write; its names become the tensors' names.
@@ -61,11 +58,10 @@ def store(
         layout: cut tensors for this mesh, each host's pieces in its own files; by default they stay whole.
         quantisation: make weights small on the way.
         overwrite: replace what is at the target.
-        check: read everything again at the end.
         share: which of several processes this is that write the checkpoint together; all of them call this with the
             same arguments. The first returns when the checkpoint is whole, the others when their share is written.
         what: what this is called in messages and in the lock.
-        advance: called with bytes of the source as they are done, then with bytes written as they are checked.
+        advance: called with bytes of the source as they are done.
 
     Raises:
         CheckpointError: the source is damaged, the disk too small or not writable, or what was written differs.
@@ -83,19 +79,16 @@ def store(
     mine = share.names({name: info.nbytes for name, info in reader.tensors.items()})
 
     def write(work: Path) -> Part:
-        sink = NativeSink(work, key, axes or {}, layout, quantisation, share, file_bytes_for(target))
+        sink = NativeSink(work, key, axes or {}, layout, quantisation, share, file_bytes_for(target), is_remote(target))
         if share.index == 0 and share.count > 1:
             share.announce(work, key)
         try:
             left = sum(info.nbytes for info in reader.tensors.values() if info.name in mine - sink.done)
             check_space(work, int(plan.write_bytes * left / max(1, plan.read_bytes)))
             copy_tensors(reader, sink, advance, only=mine)
-            part = sink.part()
+            return sink.part()
         finally:
             sink.close()
-        if check:
-            _check(work, part, target, advance)
-        return part
 
     if share.index:
         work = work_folder(target.absolute())
@@ -112,17 +105,6 @@ def store(
         manifest = _manifest(reader, joined(parts), model, axes or {}, layout, quantisation)
         write_manifest(msgspec.structs.replace(manifest, files=tuple(write_side_files(reader, work))), work)
     return plan
-
-
-def _check(work: Path, part: Part, target: Path, advance: Advance) -> None:
-    """Compare what is in the files with what went there."""
-    files = [FileBytes(work / stored.name) for stored in part.data]
-    problems, _ = verify_chunks(part.arrays, files, digest="blake3", advance=advance)
-    if problems:
-        raise CheckpointError(
-            f"{target}: what was written differs from what should have been: {problems[0]}; the disk or memory may be "
-            f"failing"
-        )
 
 
 def _manifest(

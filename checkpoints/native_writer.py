@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from spmd_infer.checkpoints.boxes import (
 from spmd_infer.checkpoints.casting import cast
 from spmd_infer.checkpoints.file_bytes import aligned_empty
 from spmd_infer.checkpoints.manifest import CHUNK_BYTES, DATA_FOLDER, DTYPES, ArrayEntry, Chunk, StoredFile, data_digest
-from spmd_infer.checkpoints.output_file import OutputFile
+from spmd_infer.checkpoints.output_files import OutputFiles
 from spmd_infer.checkpoints.remote import is_remote
 from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
 from spmd_infer.errors import CheckpointError
@@ -106,7 +105,9 @@ class ArrayWriting:
             nbytes += block.size
         sha256, blake3 = (same.sha256, same.blake3) if same else (slow.hexdigest(), fast.hexdigest())
         start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
-        self._chunks[place.file, place.offset] = Chunk(place.file, place.offset, nbytes, start, stop, sha256, blake3)
+        chunk = Chunk(place.file, place.offset, nbytes, start, stop, sha256, blake3)
+        self._writer.written(chunk, self.name)
+        self._chunks[place.file, place.offset] = chunk
 
     def end(self) -> ArrayEntry:
         """The array's entry, when all its bands have been put; with what has been written of it before."""
@@ -125,6 +126,8 @@ class DataWriter:
         arrays: what a run before wrote, as ``ArrayWriting.end`` returned it; what lies behind it is cut off.
         part: which process this is, where several write into the folder, each into files of its own.
         file_bytes: a data file that has reached this size is followed by another.
+        read_back: read each chunk again once it is written, and compare; what has been compared leaves the page cache.
+        keep: leave it there nevertheless.
     """
 
     def __init__(
@@ -134,15 +137,16 @@ class DataWriter:
         *,
         part: int | None = None,
         file_bytes: int = FILE_BYTES,
+        read_back: bool = False,
+        keep: bool = False,
     ) -> None:
-        self._folder, self._file_bytes = folder, file_bytes
+        self._folder, self._file_bytes, self._read_back = folder, file_bytes, read_back
         self._series = "" if part is None else f"part-{part:04d}-"
         self.arrays: dict[str, ArrayEntry] = dict(arrays or {})
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._current: dict[int, int] = {}  # the open file of each host
-        self._files: dict[int, OutputFile] = {}
-        self._lock = threading.Lock()
+        self._files = OutputFiles(folder, keep=keep)
         (folder / DATA_FOLDER).mkdir(exist_ok=True)
 
     def resume(self, files: Sequence[str]) -> None:
@@ -196,11 +200,20 @@ class DataWriter:
 
     def write(self, position: int, offset: int, raw: npt.NDArray[np.uint8]) -> None:
         """Write bytes at a place that was taken."""
-        with self._lock:
-            file = self._files.get(position)
-            if file is None:
-                file = self._files[position] = OutputFile(self._folder / self._names[position])
-        file.write(raw, offset)
+        self._files.write(self._names[position], offset, raw)
+
+    def written(self, chunk: Chunk, name: str) -> None:
+        """All of a chunk is written: compare it, where that is wanted."""
+        if self._read_back:
+            self.check(chunk, name)
+
+    def check(self, chunk: Chunk, name: str) -> None:
+        """Compare a chunk with what is in its file, which then leaves the page cache.
+
+        Raises:
+            CheckpointError: it is not what it should be.
+        """
+        self._files.settle(self._names[chunk.file], chunk.offset, chunk.nbytes, chunk.blake3, name)
 
     def files(self) -> list[StoredFile]:
         """Size and digest of each data file, after closing them all."""
@@ -216,8 +229,7 @@ class DataWriter:
 
     def close(self) -> None:
         """Close the files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files.close()
 
     def _reserve(self, host: int, nbytes: int) -> tuple[int, int]:
         """The file and offset for the next chunk of a host."""

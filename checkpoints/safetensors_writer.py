@@ -15,17 +15,15 @@ import numpy.typing as npt
 
 from spmd_infer.checkpoints import digests
 from spmd_infer.checkpoints.boxes import Box, elements, run_of, whole
-from spmd_infer.checkpoints.copying import BUDGET_BYTES, Advance, CopyPlan, copy_tensors, plan_copy, work_key
-from spmd_infer.checkpoints.file_bytes import Scratch
+from spmd_infer.checkpoints.copying import Advance, Check, CopyPlan, copy_tensors, damaged_before, plan_copy, work_key
 from spmd_infer.checkpoints.folder_files import CONFIG_NAME
 from spmd_infer.checkpoints.manifest import Chunk
 from spmd_infer.checkpoints.native_writer import bands_of
-from spmd_infer.checkpoints.output_file import OutputFile
-from spmd_infer.checkpoints.pipeline import Pipeline
+from spmd_infer.checkpoints.output_files import OutputFiles
 from spmd_infer.checkpoints.reader import Reader, TensorInfo
 from spmd_infer.checkpoints.remote import is_remote
 from spmd_infer.checkpoints.remote_target import OBJECT_BYTES
-from spmd_infer.checkpoints.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME, SafetensorsReader
+from spmd_infer.checkpoints.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME
 from spmd_infer.checkpoints.side_files import copy_side_files
 from spmd_infer.checkpoints.target_folder import Journal, check_space, new_folder
 from spmd_infer.errors import CheckpointError
@@ -47,12 +45,18 @@ class _Shard:
     starts: Mapping[str, int]
     nbytes: int
 
+    def place(self, info: TensorInfo, band: Box) -> int:
+        """Where in the file a box of a tensor begins that lies in one run."""
+        first = run_of(info.shape, band)
+        assert first is not None
+        return len(self.header) + self.starts[info.name] + first * info.dtype.itemsize
+
 
 class _Writing:
     """One tensor on its way to its place in a file."""
 
-    def __init__(self, info: TensorInfo, file: OutputFile, start: int, known: Collection[Box]) -> None:
-        self._info, self._file, self._start = info, file, start
+    def __init__(self, info: TensorInfo, files: OutputFiles, shard: _Shard, known: Collection[Box]) -> None:
+        self._info, self._files, self._shard = info, files, shard
         self.bands = bands_of(info.shape, info.dtype, [(whole(info.shape), 0)], known)
         self.digests: dict[Box, str] = {}
 
@@ -68,23 +72,26 @@ class _Writing:
         self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
     ) -> None:
         """Write one band from its bytes; see ``copying.Writing``."""
-        first = run_of(self._info.shape, band)
-        assert first is not None
-        offset = self._start + first * self._info.dtype.itemsize
+        begin = self._shard.place(self._info, band)
         same = known[band].blake3 if known and band in known else ""
         digest = digests.new("blake3")
+        offset = begin
         for block in blocks:
             if not same:
                 digest.update(block.data)
-            self._file.write(block, offset)
+            self._files.write(self._shard.name, offset, block)
             offset += block.size
-        self.digests[band] = same or digest.hexdigest()
+        blake3 = same or digest.hexdigest()
+        self._files.settle(self._shard.name, begin, offset - begin, blake3, self._info.name)
+        self.digests[band] = blake3
 
 
 class SafetensorsSink:
     """Tensors into the files of a work folder, each at its place; a journal notes their digests."""
 
-    def __init__(self, work: Path, key: str, infos: Sequence[TensorInfo], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, work: Path, key: str, infos: Sequence[TensorInfo], shard_bytes: int = SHARD_BYTES, keep: bool = False
+    ) -> None:
         self._work = work
         self.shards = _plan(infos, shard_bytes)
         self._home = {name: shard for shard in self.shards for name in shard.starts}
@@ -93,7 +100,8 @@ class SafetensorsSink:
         for step in self._journal.steps:
             found: Any = step["blake3"]
             self.digests[str(step["name"])] = {tuple((a, b) for a, b in band): digest for band, digest in found}
-        self._files: dict[str, OutputFile] = {}
+        self._files = OutputFiles(work, keep=keep)
+        self._before = dict(self.digests)
         for shard in self.shards:
             path = work / shard.name
             if not path.exists():
@@ -106,13 +114,24 @@ class SafetensorsSink:
         """Tensors that need not be written again."""
         return set(self.digests)
 
+    def checks(self, info: TensorInfo) -> list[Check]:
+        """Compare what a run before wrote of a tensor; see ``copying.Sink``."""
+        itemsize = info.dtype.itemsize
+        return [
+            (elements(band) * itemsize, partial(self._check, info, band, blake3))
+            for band, blake3 in self._before[info.name].items()
+        ]
+
+    def _check(self, info: TensorInfo, band: Box, blake3: str) -> None:
+        shard, nbytes = self._home[info.name], elements(band) * info.dtype.itemsize
+        try:
+            self._files.settle(shard.name, shard.place(info, band), nbytes, blake3, info.name)
+        except CheckpointError as error:
+            raise damaged_before(error, self._work) from error
+
     def begin(self, info: TensorInfo, known: Mapping[Box, Chunk]) -> _Writing:
         """Begin to write one tensor."""
-        shard = self._home[info.name]
-        if shard.name not in self._files:
-            self._files[shard.name] = OutputFile(self._work / shard.name)
-        start = len(shard.header) + shard.starts[info.name]
-        return _Writing(info, self._files[shard.name], start, known)
+        return _Writing(info, self._files, self._home[info.name], known)
 
     def end(self, info: TensorInfo, writing: _Writing) -> None:
         """Note that one tensor is written."""
@@ -121,8 +140,7 @@ class SafetensorsSink:
 
     def close(self) -> None:
         """Close the files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files.close()
 
     def finish(self) -> None:
         """Write the index, where there are several files, and remove the journal."""
@@ -139,19 +157,18 @@ def store_hugging_face(
     target: Path,
     *,
     overwrite: bool = False,
-    check: bool = True,
     advance: Advance = lambda count: None,
 ) -> CopyPlan:
     """Write a checkpoint as a Hugging Face folder, tensor by tensor.
 
-    A run that is killed is taken up by the next one with the same source and options.
+    A run that is killed is taken up by the next one with the same source and options. What is written is read again and
+    compared as in ``native_store.store``.
 
     Args:
         reader: what to write, under Hugging Face names; its ``config`` becomes ``config.json``.
         target: the new folder.
         overwrite: replace what is at the target.
-        check: read everything again at the end and compare.
-        advance: called with bytes as they are written, then as they are checked.
+        advance: called with bytes of the source as they are done.
 
     Raises:
         CheckpointError: the source is damaged, a tensor's dtype is one that safetensors does not have, the disk too
@@ -161,7 +178,8 @@ def store_hugging_face(
     infos = list(reader.tensors.values())
     key = work_key(reader, {"format": "safetensors", "config": dict(reader.config)})
     with new_folder(target, "convert", overwrite=overwrite, resumable=True) as work:
-        sink = SafetensorsSink(work, key, infos, OBJECT_BYTES if is_remote(target) else SHARD_BYTES)
+        remote = is_remote(target)
+        sink = SafetensorsSink(work, key, infos, OBJECT_BYTES if remote else SHARD_BYTES, remote)
         left = sum(info.size * info.dtype.itemsize for info in infos if info.name not in sink.done)
         check_space(work, left)
         try:
@@ -172,29 +190,7 @@ def store_hugging_face(
         if reader.config:
             (work / CONFIG_NAME).write_text(json.dumps(dict(reader.config), indent=2) + "\n")
         copy_side_files(reader.folder, work)
-        if check:
-            _check(work, sink.digests, advance, target)
     return plan
-
-
-def _check(work: Path, wanted: Mapping[str, Mapping[Box, str]], advance: Advance, target: Path) -> None:
-    written, scratch = SafetensorsReader(work), Scratch()
-
-    def check(info: TensorInfo, band: Box) -> None:
-        digest, blocks = digests.new("blake3"), written.stream(info.name, band, scratch)
-        assert blocks is not None  # a band lies in one run
-        for block in blocks:
-            digest.update(block.data)
-        if digest.hexdigest() != wanted[info.name][band]:
-            raise CheckpointError(
-                f"{target}: tensor {info.name!r} differs from what was written; the disk or memory may be failing"
-            )
-
-    with Pipeline(BUDGET_BYTES, "checkpoint-check") as line:
-        for info in written.tensors.values():
-            for band in wanted[info.name]:
-                line.run(elements(band) * info.dtype.itemsize, partial(check, info, band))
-            line.then(partial(advance, info.nbytes))
 
 
 def _plan(infos: Sequence[TensorInfo], shard_bytes: int) -> list[_Shard]:

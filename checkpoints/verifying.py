@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, pieces, whole
-from spmd_infer.checkpoints.digests import Kind
 from spmd_infer.checkpoints.file_bytes import FileBytes, Scratch
 from spmd_infer.checkpoints.manifest import DTYPES, ArrayEntry, Chunk
 from spmd_infer.checkpoints.native_reader import NativeReader, chunk_blocks
@@ -97,16 +96,14 @@ def verify_chunks(
     arrays: Mapping[str, ArrayEntry],
     files: Sequence[FileBytes],
     *,
-    digest: Kind = "sha256",
     values: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Problem], NotFinite]:
-    """Compare the bytes of every chunk with one of its digests, in several threads.
+    """Compare the bytes of every chunk with their SHA-256, in several threads.
 
     Args:
         arrays: the arrays.
         files: their data files.
-        digest: which digest.
         values: also look for numbers that are not finite, where the bytes are right.
         advance: called with the bytes of each array when it has been checked.
     """
@@ -117,11 +114,10 @@ def verify_chunks(
     def check(name: str, chunk: Chunk) -> None:
         dtype = DTYPES[arrays[name].dtype]
         look = values and _may_be_infinite(dtype)
-        kind: Kind = digest if chunk.blake3 else "sha256"
         here = []
         try:
             memory = scratch.take((files[chunk.file].block_bytes,), np.uint8)
-            for start, block in chunk_blocks(files[chunk.file], name, chunk, kind, memory):
+            for start, block in chunk_blocks(files[chunk.file], name, chunk, "sha256", memory):
                 found = _not_finite(block.view(dtype)) if look else None
                 if found is not None:
                     here.append((found[0], _place(chunk.box, start // dtype.itemsize + found[1])))

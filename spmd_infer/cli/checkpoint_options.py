@@ -150,7 +150,7 @@ def carry_out(
     plan = conversion.plan
     parts = share.count if share else 1
     begin = time.perf_counter()
-    with progress(what, (plan.read_bytes + plan.write_bytes) // parts, quiet=quiet, unit="B") as advance:
+    with progress(what, plan.read_bytes // parts, quiet=quiet, unit="B") as advance:
         conversion.run(target, what, overwrite=overwrite, share=share, advance=advance)
     seconds = time.perf_counter() - begin
     if not quiet:

@@ -65,7 +65,7 @@ def convert(
     """Write a checkpoint in another format, dtype or precision.
 
     Reads Hugging Face folders, GGUF, PyTorch state dicts and native checkpoints; writes native ones and Hugging Face
-    folders. Streams tensor by tensor, takes up a run that was killed, and checks at the end what it wrote.
+    folders. Streams tensor by tensor, takes up a run that was killed, and reads again what it wrote.
     """
     from spmd_infer.checkpoints.copying import Quantisation
     from spmd_infer.conversion import Changes, prepare

@@ -43,9 +43,9 @@ def reshard(
 ) -> None:
     """Cut a checkpoint for a mesh, each host's pieces in files of their own.
 
-    Streams tensor by tensor, in little memory. A run that was killed is taken up by the next one. At the end everything
-    is read again and checked. With --num-processes, each process writes its share of the tensors; one that was killed
-    is started again with the same command.
+    Streams tensor by tensor, in little memory. A run that was killed is taken up by the next one. What is written is
+    read again and compared. With --num-processes, each process writes its share of the tensors; one that was killed is
+    started again with the same command.
     """
     from spmd_infer.checkpoints.shares import Share
     from spmd_infer.conversion import Changes, prepare

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +20,11 @@ from safetensors.numpy import save_file
 from spmd_infer import Engine
 from spmd_infer.checkpoints import load_onto, open_checkpoint, save, verify
 from spmd_infer.checkpoints.copying import SLACK_BYTES
-from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME
+from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME, ModelEntry
 from spmd_infer.checkpoints.native_reader import NativeReader
 from spmd_infer.checkpoints.native_store import store
 from spmd_infer.checkpoints.safetensors_reader import SafetensorsReader
+from spmd_infer.checkpoints.safetensors_writer import store_hugging_face
 from spmd_infer.conversion import prepare
 from spmd_infer.errors import CheckpointError
 from spmd_infer.mesh import MeshSpec
@@ -406,22 +408,66 @@ def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
     assert "2 of 4096 values are not finite, the first at [5, 7]" in str(problem)
 
 
-def test_damage_while_storing_is_found_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_damage_while_storing_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     """A disk that does not keep what it was given."""
-    from spmd_infer.checkpoints import native_store
+    source, target = made(tmp_path / "source.safetensors"), tmp_path / "target"
+    genuine, left = os.pwrite, [3]
 
-    check = native_store.verify_chunks
+    def pwrite(descriptor: int, raw: memoryview, offset: int) -> int:
+        left[0] -= 1
+        content = bytearray(raw)
+        content[len(content) // 3] ^= (left[0] == 0) << 5
+        return genuine(descriptor, content, offset)
 
-    def and_flip(arrays, files, **options):  # type: ignore[no-untyped-def]  # as the original
-        _flip(files[0].path, 4321, 2)
-        return check(arrays, files, **options)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(CheckpointError, match=r"tensor 't\d\.weight'.*was written: the disk or memory may be failing"):
+        copied(source, target, to)
+    assert left[0] <= 0
+    assert not target.exists()
+    copied(source, target, to)  # goes on: what was damaged did not count as done
+    assert read_all(target) == read_all(source)
 
-    monkeypatch.setattr(native_store, "verify_chunks", and_flip)
-    source = open_checkpoint(made(tmp_path / "source.safetensors"))
-    made_of = prepare(source)
-    with pytest.raises(CheckpointError, match="differs from what should have been"):
-        store(source, tmp_path / "target", model=made_of.model)
-    assert not (tmp_path / "target").exists()
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_what_a_run_before_left_is_compared_as_well(tmp_path: Path, to: str) -> None:
+    source, target = made(tmp_path / "source.safetensors"), tmp_path / "target"
+    with pytest.raises(KeyboardInterrupt):
+        copied(source, target, to, advance=_interrupt_after(3))
+    work = tmp_path / ".target.partial"
+    _flip(work / ("data/host-0000-0000.bin" if to == "native" else "model.safetensors"), 4321, 2)
+    with pytest.raises(
+        CheckpointError, match=r"bytes \d+ to \d+ have BLAKE3.*a run before .* remove .*target\.partial"
+    ):
+        copied(source, target, to)
+    shutil.rmtree(work)
+    copied(source, target, to)
+    assert read_all(target) == read_all(source)
+
+
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_what_is_written_does_not_stay_in_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    source = made(tmp_path / "source.safetensors")
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, offset, nbytes, advice: given.append((offset, nbytes)))
+    monkeypatch.setattr("spmd_infer.checkpoints.output_files.WINDOW_BYTES", 2 << 20)
+    copied(source, tmp_path / "target", to)
+    tensors = SafetensorsReader(source).tensors.values()
+    places = set(given)
+    assert sum(nbytes for _, nbytes in places) == sum(info.nbytes for info in tensors) > 2 << 20
+    again = sum(nbytes for _, nbytes in given) - sum(nbytes for _, nbytes in places)
+    assert again == sum(info.nbytes for info in tensors) - (2 << 20)
+
+
+def copied(source: Path, target: Path, to: str, **options: Any) -> None:
+    """Write a checkpoint in one of the formats, as tensors of no model."""
+    reader = SafetensorsReader(source)
+    if to == "native":
+        store(reader, target, model=ModelEntry(), **options)
+    else:
+        store_hugging_face(reader, target, **options)
 
 
 def test_manifest_is_json_that_others_can_read(native: Path) -> None:
