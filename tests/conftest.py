@@ -46,8 +46,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _few_mappings() -> Iterator[None]:
     """After a module, let go of engines and programs where they have become many.
 
-    Each program on CPU takes some ten memory mappings, of which Linux gives a process 65,530; the compilation that needs
-    one more ends it with a segmentation fault.
+    Each program on CPU takes some ten memory mappings, of which Linux gives a process 65,530; the compilation that
+    needs one more ends it with a segmentation fault.
     """
     yield
     mappings = Path("/proc/self/maps")
