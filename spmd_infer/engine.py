@@ -344,8 +344,8 @@ class Engine(TaskVerbs):
             phase: ``prefill`` or ``decode``, for plans that lay these out differently.
 
         Returns:
-            Called, it dispatches at once. Compiled once for each combination of shapes and dtypes, and counted; ahead
-            with its ``compile``. Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
+            Called, it dispatches at once. Compiled once for each combination of shapes and dtypes, and counted.
+            Arrays stay where ``place`` put them; numpy arrays are given whole to every device.
         """
         return ModelProgram(self._programs, name, fn, donate=donate, out_axes=out_axes, phase=phase)
 

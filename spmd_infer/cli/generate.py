@@ -81,6 +81,9 @@ def generate(
             help="The adapter of all prompts, or given once for each; not needed with one --adapter for all.",
         ),
     ] = None,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Compile every program before the prompts are run, several at a time.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
     mesh: Mesh = "auto",
     devices: Devices = None,
@@ -111,6 +114,9 @@ def generate(
         engine.task("generate", _options(drafts, cache_dtype, folders))
     for name, folder in folders.items():
         engine.load_adapter(name, folder)
+    if warm_up:
+        done = engine.task("generate").warm_up_for(found, params, chat=chat, adapter=uses, quiet=as_json)
+        note(f"{done.programs} programs compiled in {done.seconds:.1f} s")
     if trace is not None:
         from spmd_infer.generation.trace import Trace
 

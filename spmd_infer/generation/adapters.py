@@ -75,6 +75,11 @@ class Adapters:
         """Those that requests may use, in the order of their places."""
         return tuple(each.name for _, each in sorted(self._loaded.items()) if not each.dropped)
 
+    @property
+    def any_loaded(self) -> bool:
+        """Whether there has been one: their arrays exist from then on."""
+        return bool(self._tables)
+
     def find(self, name: str) -> Adapter:
         """The adapter of that name.
 
@@ -133,7 +138,13 @@ class Adapters:
         if all(adapter is None for adapter in used):
             return None
         rows = layout.ints([-1 if adapter is None else adapter.slot for adapter in used], fill=-1)
-        return RowAdapters(self._tables, rows)  # type: ignore[arg-type]  # numpy
+        return RowAdapters(self._tables, rows)  # type: ignore[arg-type]  # numpy, as below
+
+    def unused_rows(self, layout: Layout) -> RowAdapters | None:
+        """The same for rows that nobody has, to compile programs for; None where nothing has been loaded yet."""
+        if not self.any_loaded:
+            return None
+        return RowAdapters(self._tables, layout.ints([], fill=-1))  # type: ignore[arg-type]
 
     def mesh_changed(self) -> None:
         """Move the arrays to where the engine's model is now."""

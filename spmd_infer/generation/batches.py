@@ -15,8 +15,6 @@ from spmd_infer.generation.page_tables import PageTables
 
 Ints = npt.NDArray[np.int32]
 
-_FEWEST_SHARED = 32
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -76,13 +74,14 @@ class PageArrays:
     members: npt.NDArray[np.bool_]
 
 
-def page_arrays(layout: Layout, slots: Ints, tables: Sequence[PageTables]) -> PageArrays:
+def page_arrays(layout: Layout, slots: Ints, tables: Sequence[PageTables], most_shared: int) -> PageArrays:
     """What a decode step needs to know of the pages.
 
     Args:
         layout: the step's rows.
         slots: ``[D, b]``, the slot of each row; the last one where a row fills up.
         tables: of each part.
+        most_shared: pages with several owners that there is room for.
     """
     last = tables[0].slots
     row_of = np.full((layout.parts, last + 1), layout.rows, np.int32)  # of each slot
@@ -90,8 +89,7 @@ def page_arrays(layout: Layout, slots: Ints, tables: Sequence[PageTables]) -> Pa
         row_of[part, slots[part, row]] = row
     part_index = np.arange(layout.parts)[:, None]
     owners = row_of[part_index, np.stack([each.owner for each in tables])]
-    most = max(len(each.shared) for each in tables)
-    shared = np.zeros((layout.parts, _shared_bucket(most)), np.int32)
+    shared = np.zeros((layout.parts, most_shared), np.int32)
     shared_places = np.zeros_like(shared)
     members = np.zeros((*shared.shape, layout.rows), np.bool_)
     for part, each in enumerate(tables):
@@ -108,11 +106,3 @@ def page_arrays(layout: Layout, slots: Ints, tables: Sequence[PageTables]) -> Pa
         shared_places=shared_places,
         members=members,
     )
-
-
-def _shared_bucket(count: int) -> int:
-    """Shared pages that a decode program is compiled for: none, or a few sizes far apart."""
-    bucket = _FEWEST_SHARED if count else 0
-    while bucket < count:
-        bucket *= 8
-    return bucket

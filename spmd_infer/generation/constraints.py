@@ -31,6 +31,12 @@ _ALL = np.uint32(0xFFFFFFFF)
 # Layout between JSON's tokens: a space, or a new line and its indentation. Unbounded, a model at temperature 1 may
 # write blanks until its tokens run out.
 _JSON_LAYOUT: JsonCompileOptions = {"whitespace_pattern": r"[ ]|\n[ \t]{0,32}", "lenient": False}
+_COMPACT: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
 
 
 class Constraint:
@@ -143,7 +149,7 @@ class ConstraintCompiler:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._building = threading.Lock()
-        self._compiled: OrderedDict[tuple[str, str], Future[llguidance.LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str, bool], Future[llguidance.LLMatcher]] = OrderedDict()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="constraints")
         self._serialized = tokenizer.serialized
         self._tokenizer: llguidance.LLTokenizer | None = None
@@ -155,7 +161,7 @@ class ConstraintCompiler:
         Raises:
             TaskError: the shape is wrong, not supported, too large, or took too long.
         """
-        key = shape.kind, shape.source
+        key = shape.kind, shape.source, shape.compact
         with self._lock:
             future = self._compiled.get(key)
             if future is None:
@@ -180,10 +186,12 @@ class ConstraintCompiler:
         """Let the threads go; what is being compiled is finished in vain."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, kind: str, source: str) -> llguidance.LLMatcher:
+    def _compile(self, kind: str, source: str, compact: bool) -> llguidance.LLMatcher:
         try:
             if kind == "json":
-                grammar = llguidance.LLMatcher.grammar_from_json_schema(source, defaults=_JSON_LAYOUT)
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                    source, defaults=_COMPACT if compact else _JSON_LAYOUT
+                )
             else:
                 grammar = llguidance.grammar_from(kind, source)  # type: ignore[arg-type]  # the other three kinds
             matcher = llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0, limits=self._limits)

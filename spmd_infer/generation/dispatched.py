@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -41,21 +41,29 @@ class Dispatched:
         name: what it ran.
         chosen: for every row.
         rows: the requests that take a token from it.
+        since: when its dispatch began, on ``time.perf_counter``.
     """
 
     name: str
     chosen: Chosen
     rows: Taking
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        _send(self.chosen if self._scored else self.chosen.tokens)
 
     def wait(self) -> None:
         """Until the devices have done it."""
         wait(self.chosen)
 
+    @property
+    def _scored(self) -> bool:
+        return self.chosen.logprobs is not None and any(request.params.scores for request, _, _ in self.rows)
+
     def read(self) -> list[Brought]:
         """The tokens, each with its scores where its request asked for them."""
         tokens = fetch(self.chosen.tokens)
-        scored = self.chosen.logprobs is not None and any(r.params.scores for r, _, _ in self.rows)
-        host = fetch(self.chosen) if scored else None
+        host = fetch(self.chosen) if self._scored else None
         found = []
         for request, part, row in self.rows:
             scores = None
@@ -75,15 +83,20 @@ class DispatchedScores:
         scores: for every position of every row.
         rows: for each request that takes some: its part and row, and where they are: in its text, and in the row.
         name: what it ran.
+        since: as for ``Dispatched``.
     """
 
     scores: PromptScores
     rows: tuple[tuple[Request, int, int, range, int], ...]
     name: str = "score"
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        _send(self.scores)
 
     def wait(self) -> None:
         """Until the devices have done it."""
-        jax.block_until_ready(self.scores)
+        wait(self.scores)
 
     def read(self) -> list[Brought]:
         """Write the scores down in their requests; brings no tokens."""
@@ -106,12 +119,17 @@ class DispatchedDrafts:
         rows: the requests that take tokens from it.
         pace: is told how many drafts were right.
         name: what it ran.
+        since: as for ``Dispatched``.
     """
 
     verified: jax.Array
     rows: Taking
     pace: Pace
     name: str = "verify"
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        _send(self.verified)
 
     def wait(self) -> None:
         """Until the devices have done it."""
@@ -128,6 +146,13 @@ class DispatchedDrafts:
             found.append(Brought(request, tokens[:count], drafted=drafted))
         self.pace.observe(len(self.rows), accepted)
         return found
+
+
+def _send(tree: Any) -> None:
+    """Let arrays come to the host as soon as they exist; shapes that stand for some stay where they are."""
+    for array in jax.tree.leaves(tree):
+        if isinstance(array, jax.Array):
+            array.copy_to_host_async()
 
 
 DispatchedStep = Dispatched | DispatchedDrafts | DispatchedScores

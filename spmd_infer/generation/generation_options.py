@@ -27,6 +27,11 @@ class GenerationOptions:
             tokens, and those in one batch with them, go without.
         max_adapters: LoRA adapters that may be loaded at a time; their memory is taken with the first.
         max_adapter_rank: the largest rank of one; what each costs depends on this, not on its own.
+        jump_ahead: run tokens that a request's shape leaves no choice about several at a time, where that pays: in
+            small batches. The text stays the same.
+        warm_up: compile every program when the task is made, within ``max_rows`` and the model's context, and again
+            after ``reshard``; those for adapters when the first is loaded. The task's own ``warm_up`` takes narrower
+            bounds.
         salt: secret that these are named with; by default drawn.
     """
 
@@ -40,4 +45,6 @@ class GenerationOptions:
     speculation: Speculation | None = None
     max_adapters: int = 4
     max_adapter_rank: int = 16
+    jump_ahead: bool = True
+    warm_up: bool = False
     salt: bytes = field(default=b"", repr=False)

@@ -15,24 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 from spmd_infer.errors import TaskError
 from spmd_infer.generation.adapters import Adapters
+from spmd_infer.generation.decode_rows import MOST_AHEAD
 from spmd_infer.generation.dispatched import DispatchedStep
-from spmd_infer.generation.executor import Executor
+from spmd_infer.generation.executor import Entry, Executor
 from spmd_infer.generation.generation_options import GenerationOptions
+from spmd_infer.generation.jumping import plan_jumps
 from spmd_infer.generation.kv_pages import PAGE_SIZE
 from spmd_infer.generation.limits import Limits
 from spmd_infer.generation.loop_times import LoopTimes
+from spmd_infer.generation.pool_room import PoolRoom
 from spmd_infer.generation.requests import Request
 from spmd_infer.generation.scheduler import Scheduler
 from spmd_infer.generation.sequences import Sequence as Scheduled
+from spmd_infer.generation.sequences import State
+from spmd_infer.generation.speculation import Draft, tokens_for_free
 from spmd_infer.generation.step_plan import PrefillChunk
+from spmd_infer.generation.step_sizes import FEWEST_PAGES, Bounds, SizesAhead
 from spmd_infer.generation.trace import Trace
+from spmd_infer.generation.warm_up import WarmedUp, Warmer
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
-
-_FEWEST_PAGES = 8
-_HOST_CACHE_BYTES = 4 << 30
-_DEVICE_MEMORY_SHARE = 0.85
 
 
 class GenerationLoop:
@@ -68,13 +71,12 @@ class GenerationLoop:
             config,
             eos_ids,
             slots=slots,
-            num_pages=_FEWEST_PAGES,
+            num_pages=FEWEST_PAGES,
             cache_dtype=options.cache_dtype,
             speculation=options.speculation,
             adapters=adapters,
         )
         lookahead = options.speculation.k if options.speculation is not None else 0
-        self._most_pages = max(1, self._cache_bytes(options) // self._executor.page_bytes // parts)
         self._scheduler = Scheduler(
             Limits(
                 parts=parts,
@@ -90,9 +92,13 @@ class GenerationLoop:
                 salt=options.salt or secrets.token_bytes(16),
             )
         )
+        self._room = PoolRoom(engine, self._executor, self._scheduler, options.cache_bytes)
         self._requests: dict[str, Request] = {}
         self._raised: set[Request] = set()  # whose callers are to be told
-        self._wanted_pages = 0
+        self._adapters = adapters
+        self._draft_engines = [options.speculation.engine] if isinstance(options.speculation, Draft) else []
+        self._constrained = 0
+        self._free_tokens = tokens_for_free(engine.mesh.devices.flat[0].platform) if options.jump_ahead else 0.0
         self._unread: list[DispatchedStep] = []
         self.lock = threading.RLock()
         self.times = LoopTimes()
@@ -139,7 +145,7 @@ class GenerationLoop:
                 fresh=bool(first.scored_ids),
                 namespace=namespace if first.adapter is None else f"{first.adapter.namespace}\0{namespace}",
             )
-            self._make_room(sequence, len(requests))
+            self._resize(self._room.fitting(sequence, len(requests)))
             self._scheduler.add(sequence)
             for request in requests:
                 if request is not first:
@@ -148,7 +154,49 @@ class GenerationLoop:
                 self._requests[request.request_id] = request
                 if request.adapter is not None:
                     request.adapter.users += 1
-                self._wanted_pages += self._pages_of(sequence)
+                self._constrained += request.constraint is not None
+                self._room.taken(request.request_id, sequence)
+
+    def warm_up(
+        self, max_rows: int | None = None, max_len: int | None = None, *, rules: bool = True, quiet: bool = False
+    ) -> WarmedUp:
+        """Compile all programs ahead, several at a time. Within the bounds nothing is compiled afterwards.
+
+        Those for rows with adapters are among them once an adapter has been loaded. Left out are those that score
+        prompts (``prompt_logprobs``, ``score``), and what loading an adapter runs: they are compiled when first used.
+
+        Args:
+            max_rows: requests that will run at a time; by default as many as may.
+            max_len: positions of the longest request, prompt and output; by default the model's context.
+            rules: whether some will have rules about single tokens: penalties, biases, shapes, scores, bad words.
+            quiet: show no progress.
+        """
+        with self.lock:
+            limits = self._scheduler.limits
+            rows = limits.slots if max_rows is None else max(1, min(-(-max_rows // limits.parts), limits.slots))
+            positions = min(max_len or limits.context_len, limits.context_len)
+            pages = rows * limits.pages_for(limits.reach(positions)) + 1
+            bounds = Bounds(
+                rows=rows,
+                positions=positions,
+                pages=max(min(pages, self._room.most_pages), self._executor.num_pages),
+                max_chunk=limits.max_chunk if limits.chunked else positions,
+                copies=limits.max_copies,
+            )
+            sizes = SizesAhead.within(bounds)
+            warmer = Warmer(
+                self._executor.dispatcher,
+                sizes,
+                max_pages=limits.max_pages,
+                longest_pages=limits.pages_for(positions),
+                rules=rules,
+                jumps=0 if limits.lookahead else self._free_tokens,
+                adapters=self._adapters,
+            )
+            done = warmer([self._engine, *self._draft_engines], quiet=quiet)
+            self._executor.sizes.ahead = sizes
+            self._resize(self._room.compiled())
+            return done
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; its pages are free for the next step."""
@@ -198,6 +246,7 @@ class GenerationLoop:
 
     def _turn(self) -> None:
         with self._spanned("plan"):
+            self._plan_jumps()
             plan = self._scheduler.plan(self.clock())
         for sequence in plan.expired:
             request = self._requests[str(sequence.id)]
@@ -205,21 +254,51 @@ class GenerationLoop:
             self._forget(request)
         for sequence in plan.rejected:
             request = self._requests[str(sequence.id)]
-            request.fail(self._too_long(sequence, self._executor.num_pages))
+            request.fail(self._room.too_long(sequence, self._executor.num_pages))
             self._forget(request)
         self._executor.copy(plan.copies)
         dispatched: list[DispatchedStep] = [*self._prefill(plan.prefills)]
         finish: Callable[[], DispatchedStep] | None = None
+        entries: list[Entry] = []
+        known: list[list[int]] = []
         if plan.decodes:
             entries = [(self._requests[str(s.id)], s.part, s.slot or 0) for s in plan.decodes]
+            known = [request.ahead[: s.ahead] for (request, _, _), s in zip(entries, plan.decodes, strict=True)]
+            tables = [part.tables for part in self._scheduler.parts]
             with self._spanned("dispatch decode", rows=len(entries)):
-                finish = self._executor.decode(entries, [part.tables for part in self._scheduler.parts]).finish
+                finish = self._executor.decode(entries, tables, known if any(known) else None).finish
         unread, self._unread = self._unread, dispatched
         for step in unread:
             self._read(step)
+        for (request, _, _), tokens in zip(entries, known, strict=True):
+            if tokens and self._scheduler.accept(request.request_id, tokens):
+                # Before the choice, which needs to know what they lead to.
+                request.jump(tokens, self.clock())
+                self._forget_ended(request)
         if finish is not None:
             with self._spanned("choose"):
                 self._unread.append(finish())
+
+    def _plan_jumps(self) -> None:
+        if not self._constrained or self._scheduler.limits.lookahead:
+            return
+        parts = self._scheduler.parts
+        rows = max(sum(s.state is State.DECODE for s in part.running) for part in parts)
+        shared = max(len(part.tables.shared) for part in parts)
+        bucket, _ = self._executor.sizes.decode(max(1, rows), self._executor.num_pages, shared)
+        running = [sequence for part in parts for sequence in part.running]
+        plan_jumps(running, self._requests, MOST_AHEAD, bucket, self._free_tokens)
+
+    def _resize(self, num_pages: int) -> None:
+        """Give the pool so many pages, if it has others."""
+        if num_pages == self._executor.num_pages:
+            return
+        moves = self._scheduler.resize(num_pages)
+        try:
+            self._executor.resize(num_pages, moves)
+        except BaseException:
+            self._restart()
+            raise
 
     def _restart(self) -> None:
         """Forget the steps on their way and what the devices hold."""
@@ -256,7 +335,7 @@ class GenerationLoop:
         return nullcontext() if self.trace is None else self.trace.span(name, **facts)
 
     def _read(self, step: DispatchedStep) -> None:
-        traced = nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows))
+        traced = nullcontext() if self.trace is None else self.trace.device_step(step.name, len(step.rows), step.since)
         with traced, self.times.wait(step.name):
             step.wait()
         brought = step.read()
@@ -268,69 +347,22 @@ class GenerationLoop:
             self._scheduler.accept(request.request_id, tokens)
             if request.finish_reason is None:
                 request.take(tokens, scores, now, drafted=drafted)
-            if request.raised is not None:
-                request.end("cancelled")
-            if request.finish_reason is not None:
-                self._forget(request)
+            self._forget_ended(request)
+
+    def _forget_ended(self, request: Request) -> None:
+        if request.raised is not None:
+            request.end("cancelled")
+        if request.finish_reason is not None:
+            self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        sequence = self._scheduler.finish(request.request_id)
+        self._scheduler.finish(request.request_id)
         del self._requests[request.request_id]
         if request.adapter is not None:
             request.adapter.users -= 1
         if request.raised is not None:
             self._raised.add(request)
-        if sequence is not None:
-            self._wanted_pages -= self._pages_of(sequence)
+        self._constrained -= request.constraint is not None
+        self._room.left(request.request_id)
         if self.trace is not None:
             self.trace.request(request)
-        if not self._requests:
-            self._wanted_pages = 0
-
-    def _pages_of(self, sequence: Scheduled) -> int:
-        """Pages that a sequence may come to hold."""
-        return -(-self._scheduler.limits.reach(sequence.prompt_len + sequence.max_tokens) // PAGE_SIZE)
-
-    def _too_long(self, sequence: Scheduled, pages: int) -> TaskError:
-        return TaskError(
-            f"prompt of {sequence.prompt_len} tokens + max_tokens {sequence.max_tokens} may take "
-            f"{self._pages_of(sequence)} pages of {PAGE_SIZE} positions; the cache has room for {pages} "
-            f"({pages * self._executor.page_bytes / 1e9:.2f} GB); raise cache_bytes or shorten it"
-        )
-
-    def _make_room(self, sequence: Scheduled, copies: int) -> None:
-        """Let the pool grow with what is asked for, and shrink when little is: attention reads all of it.
-
-        Raises:
-            TaskError: the largest pool is too small for this sequence alone.
-        """
-        own = self._pages_of(sequence)
-        if own > self._most_pages:
-            raise self._too_long(sequence, self._most_pages)
-        parts, waiting = self._scheduler.limits.parts, len(self._requests) + copies
-        running = min(waiting, parts * self._scheduler.limits.slots)
-        # The mean of all, for as many as run at a time, and one page to spare for each part.
-        wanted = (self._wanted_pages + own * copies) * running // waiting // parts + 1
-        pages = _FEWEST_PAGES
-        while pages < max(own, wanted):
-            pages *= 2
-        pages = min(pages, self._most_pages)
-        current = self._executor.num_pages
-        # Not while others wait: the largest of them may need what the mean does not.
-        if pages > current or (4 * pages <= current and not self._requests):
-            moves = self._scheduler.resize(pages)
-            try:
-                self._executor.resize(pages, moves)
-            except BaseException:
-                self._restart()
-                raise
-
-    def _cache_bytes(self, options: GenerationOptions) -> int:
-        if options.cache_bytes is not None:
-            return options.cache_bytes
-        free = []
-        for device in self._engine.mesh.local_devices:
-            stats = device.memory_stats() if device.platform != "cpu" else None
-            if stats and "bytes_limit" in stats:
-                free.append(int(stats["bytes_limit"] * _DEVICE_MEMORY_SHARE) - int(stats.get("bytes_in_use", 0)))
-        return max(0, min(free)) * len(free) if free else _HOST_CACHE_BYTES

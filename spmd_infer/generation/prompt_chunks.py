@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from spmd_infer.generation.requests import Request
 from spmd_infer.generation.sampling import SamplingArrays, sampling_arrays
 from spmd_infer.generation.sampling_params import SamplingParams
 from spmd_infer.generation.step_plan import PrefillChunk
-from spmd_infer.generation.step_programs import chunk_length, earlier_pages
+from spmd_infer.generation.step_sizes import StepSizes
 from spmd_infer.generation.steps import Chunk, Entering
 
 MOST_STOPS = 8
@@ -42,8 +42,8 @@ class ChunkKind:
     length: int
     earlier: int
     ruled: bool
-    adapted: bool
-    num_top: int | None
+    adapted: bool = False
+    num_top: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,6 @@ class Span:
         return cls(chunk, request, start, chunk.sequence.tokens[start : chunk.start + chunk.length])
 
     @property
-    def kind(self) -> ChunkKind:
-        """Which programs run it."""
-        return ChunkKind(
-            chunk_length(len(self.tokens)),
-            earlier_pages(self.start // PAGE_SIZE),
-            ruled=self.request.params.needs_rules,
-            adapted=self.request.adapter is not None,
-            num_top=None if self.scored is None else self.request.num_top,
-        )
-
-    @property
     def scored(self) -> range | None:
         """The positions whose next tokens are to be scored; None where there are none.
 
@@ -90,13 +79,30 @@ class Span:
         positions = range(max(self.start, self.request.num_scored), end)
         return positions if positions else None
 
+    def kind(self, sizes: StepSizes) -> ChunkKind:
+        """Which programs run it."""
+        length, earlier = sizes.chunk(len(self.tokens), self.start // PAGE_SIZE)
+        return ChunkKind(
+            length,
+            earlier,
+            ruled=self.request.params.needs_rules,
+            adapted=self.request.adapter is not None,
+            num_top=None if self.scored is None else self.request.num_top,
+        )
 
-def by_kind(spans: Sequence[Span]) -> dict[ChunkKind, list[Span]]:
-    """Those that run together."""
+
+def by_kind(spans: Sequence[Span], sizes: StepSizes) -> Iterator[tuple[ChunkKind, list[Span]]]:
+    """Those that run together, in batches of at most as many rows as there are programs for."""
     kinds: dict[ChunkKind, list[Span]] = {}
     for span in spans:
-        kinds.setdefault(span.kind, []).append(span)
-    return kinds
+        kinds.setdefault(span.kind(sizes), []).append(span)
+    for kind, group in kinds.items():
+        most = sizes.most_chunk_rows(kind.length, kind.earlier) or len(group)
+        own: dict[int, list[Span]] = {}
+        for span in group:
+            own.setdefault(span.chunk.sequence.part, []).append(span)
+        for start in range(0, max(map(len, own.values())), most):
+            yield kind, [span for spans in own.values() for span in spans[start : start + most]]
 
 
 def chunk_arrays(layout: Layout, spans: Sequence[Span], length: int) -> Chunk:
@@ -121,14 +127,14 @@ def target_arrays(layout: Layout, spans: Sequence[Span], kind: ChunkKind) -> Tar
     return Targets(layout.lines(lines, kind.length, fill=-1), kind.num_top)  # type: ignore[arg-type]  # numpy
 
 
-def scored(layout: Layout, spans: Sequence[Span], scores: PromptScores) -> DispatchedScores:
+def scored(layout: Layout, spans: Sequence[Span], scores: PromptScores, since: float) -> DispatchedScores:
     """The scores of such a step on their way to the requests, which are told that they need not be found again."""
     rows = []
     for span, (part, row) in zip(spans, layout.places, strict=True):
         if (positions := span.scored) is not None:
             rows.append((span.request, part, row, positions, positions.start - span.start))
             span.request.num_scored = positions.stop
-    return DispatchedScores(scores, tuple(rows))
+    return DispatchedScores(scores, tuple(rows), since=since)
 
 
 def entering_arrays(layout: Layout, spans: Sequence[Span], eos_ids: Collection[int], nobody: int) -> Entering:

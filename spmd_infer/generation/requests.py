@@ -84,6 +84,8 @@ class Request:
         cached_tokens: tokens of the prompt whose keys and values were taken from an earlier request.
         drafted_tokens: drafts that were tried.
         accepted_tokens: those of them that became tokens.
+        ahead: tokens that must follow the one that is being chosen, where its shape leaves no choice.
+        jumped_tokens: tokens that were run so, without a step of their own.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class Request:
         self.cached_tokens = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0
+        self.ahead: list[int] = []
+        self.jumped_tokens = 0
         self._ends = ends
         self._detokenizer = detokenizer
         self._stop = StopText(params.stop, include=params.include_stop_str_in_output)
@@ -164,6 +168,18 @@ class Request:
         for index, token in enumerate(tokens, 1):
             self.accepted_tokens += index < len(tokens)  # the last is the model's own
             if self.push(token, scores, now):
+                return True
+        return False
+
+    def look_ahead(self) -> None:
+        """Find out what must follow the token that is chosen next."""
+        self.ahead = [] if self.constraint is None else self.constraint.forced_tokens()[1:]
+
+    def jump(self, tokens: Sequence[int], now: float) -> bool:
+        """Take tokens that need not be chosen; returns whether the request has ended with one."""
+        for token in tokens:
+            self.jumped_tokens += 1
+            if self.push(token, None, now):
                 return True
         return False
 

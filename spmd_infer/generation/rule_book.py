@@ -34,7 +34,7 @@ class RuleBook:
 
     def __init__(self, programs: StepPrograms, *, parts: int, slots: int, vocab_size: int) -> None:
         self._programs, self._parts, self._slots, self._vocab_size = programs, parts, slots, vocab_size
-        self._widths = RuleWidths(biases=0, bad_words=0)
+        self._widths = self._least = RuleWidths(biases=0, bad_words=0)
         self.rules: SlotRules | None = None
 
     def entering(self, layout: Layout, spans: Sequence[Span]) -> SlotRules:
@@ -42,7 +42,8 @@ class RuleBook:
         params = [*(span.request.params for span in spans), NOBODY]
         words = [*(span.request.bad_words for span in spans), ()]
         need = RuleWidths.fitting(params, words)
-        widths = RuleWidths(max(need.biases, self._widths.biases), max(need.bad_words, self._widths.bad_words))
+        known = (need, self._widths, self._least)
+        widths = RuleWidths(max(each.biases for each in known), max(each.bad_words for each in known))
         prompts = [*(span.chunk.sequence.tokens[: span.chunk.sequence.prompt_len] for span in spans), []]
         outputs = [*(span.chunk.sequence.tokens[span.chunk.sequence.prompt_len :] for span in spans), []]
         rules = rule_arrays(params, words, widths)
@@ -51,8 +52,18 @@ class RuleBook:
             self._grow(SlotRules(TokenRules(**rules), TokenState(**seen)), widths)  # type: ignore[arg-type]  # numpy
         return SlotRules(TokenRules(**spread(layout, rules)), TokenState(**spread(layout, seen)))
 
+    def make_room(self) -> None:
+        """Make room for the largest rules, so that programs stay what they are whatever comes."""
+        self._least = RuleWidths()
+        self.entering(Layout(self._parts, 1, ()), [])
+
     def masks(self, layout: Layout, requests: Sequence[Request]) -> Any:
-        """The tokens ``[D, b, V / 32]`` that may come next; a request whose constraint fails ends with its error."""
+        """The tokens ``[D, b, V / 32]`` that may come next; a request whose constraint fails ends with its error.
+
+        Where a shape leaves no choice, its request learns which tokens must follow the one that is chosen now.
+        """
+        for request in requests:
+            request.look_ahead()
         lines = np.empty((len(requests) + 1, -(-self._vocab_size // 32)), np.uint32)
         failures = fill_masks(lines, [*(request.mask_rule for request in requests), None])
         for index, error in failures.items():

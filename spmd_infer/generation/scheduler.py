@@ -250,7 +250,7 @@ class Scheduler:
         """
         for sequence in self._sequences.values():
             sequence.slot, sequence.pages, sequence.room = None, [], 0
-            sequence.computed = sequence.in_flight = sequence.registered = 0
+            sequence.computed = sequence.ahead = sequence.in_flight = sequence.registered = 0
             sequence.flights.clear()
             if sequence.state is State.HELD:
                 continue

@@ -43,6 +43,8 @@ class Sequence:
         prompt_len: tokens of the prompt as it came.
         computed: positions whose keys and values are in the cache once all dispatched steps have run. With lookahead
             the most that may be; ``Scheduler.accept`` sets it back to the truth.
+        ahead: tokens beyond the next one that are known and that its next decode step runs as well. Their step brings
+            them as one flight and the token that it chooses as another.
         in_flight: tokens of dispatched steps that the host has not read; with lookahead the most that may come.
         target: positions to compute before it decodes: its length when it was admitted.
         part: data shard that it lives in; meaningless without a slot.
@@ -54,6 +56,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "ahead",
         "arrival",
         "children",
         "common",
@@ -105,6 +108,7 @@ class Sequence:
         self.fresh = fresh
         self.state = State.ENDED
         self.computed = 0
+        self.ahead = 0
         self.in_flight = 0
         self.target = 0
         self.part = 0

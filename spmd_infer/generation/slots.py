@@ -38,6 +38,15 @@ class Slots:
     generated: jax.Array
     sampling: SamplingArrays
 
+    @classmethod
+    def empty(cls, sampling: SamplingArrays, parts: int, slots: int) -> Slots:
+        """Slots that nobody has; ``sampling`` shows what the parameters of one row are. For tracing."""
+
+        def zeros() -> jax.Array:  # a buffer each, since each is donated
+            return jnp.zeros((parts, slots + 1), jnp.int32)
+
+        return cls(zeros(), zeros(), zeros(), empty_slots(sampling, parts, slots))
+
     def advanced(self, slots: jax.Array, tokens: jax.Array, lengths: jax.Array, generated: jax.Array) -> Slots:
         """After a step of the rows in ``slots``; all ``[D, b]``."""
         return replace(

@@ -72,6 +72,11 @@ def _check_drafts(k: int) -> None:
         raise TaskError(f"a step tries 1 to 16 drafts, got k={k}")
 
 
+def tokens_for_free(platform: str) -> float:
+    """Tokens whose arithmetic takes as long as reading the weights."""
+    return 8.0 if platform == "cpu" else 256.0
+
+
 class Pace:
     """Says before each step whether to speculate. It depends on counts only, so that all processes say the same.
 

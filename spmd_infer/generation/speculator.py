@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,20 +19,20 @@ from spmd_infer.generation.dispatched import DispatchedDrafts, Taking
 from spmd_infer.generation.kv_pages import KVPages, pages_axes
 from spmd_infer.generation.prompt_chunks import Span
 from spmd_infer.generation.slots import Slots
-from spmd_infer.generation.speculation import Draft, Pace, Speculation
+from spmd_infer.generation.speculation import Draft, Pace, Speculation, tokens_for_free
 from spmd_infer.generation.stage_pools import StagePools, of_pools
+from spmd_infer.generation.step_programs import told
 from spmd_infer.generation.steps import Chunk, Rows
 from spmd_infer.generation.verification import draft, draft_chunk, found_drafts, newest, remember, verify
+from spmd_infer.model_program import shapes_of
 from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.models.prompt_attention import XLA
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
 
-_FREE_ROWS = {"cpu": 8.0}
-_FREE_ROWS_OF_ACCELERATORS = 256.0
 _SHORTEST_TEXT = 256
-_HISTORY_AXES = (ATTN_BATCH, None, None)
+_AXES = (ATTN_BATCH, None, None)
 
 
 class Speculator:
@@ -57,24 +58,21 @@ class Speculator:
         jit = partial(engine.jit, phase="decode")
         shape = (engine.data_parts, slots + 1, self._length)
         self._history: jax.Array = jit(
-            f"texts_{slots}_{self._length}", lambda _: jnp.zeros(shape, jnp.int32), out_axes=_HISTORY_AXES
+            f"texts_{slots}_{self._length}", lambda _: jnp.zeros(shape, jnp.int32), out_axes=_AXES
         )()
-        self._remember = jit("remember", lambda _, *args: remember(*args), donate=(0,), out_axes=_HISTORY_AXES)
-        self._verify = jit("verify", verify, donate=(0, 1, 2))
+        self._remember = jit("remember", lambda _, *args: remember(*args), donate=(0,), out_axes=_AXES)
+        self._verify = jit("verify", told(engine, verify), donate=(0, 1, 2))
         cost = 0.0
         self._draft: DraftModel | None = None
         if isinstance(speculation, Draft):
-            self._newest = jit("newest", lambda _, *args: newest(*args), out_axes=_HISTORY_AXES)
+            self._newest = jit("newest", lambda _, *args: newest(*args), out_axes=_AXES)
             self._draft = DraftModel(speculation.engine, engine, config, num_pages, cache_dtype)
             cost = speculation.k * _weight_bytes(speculation.engine) / _weight_bytes(engine)
         else:
-            self._find = jit(
-                f"find_{speculation}", lambda _, *args: found_drafts(speculation, *args), out_axes=_HISTORY_AXES
-            )
-        platform = engine.mesh.devices.flat[0].platform
+            self._find = jit(f"find_{speculation}", lambda _, *args: found_drafts(speculation, *args), out_axes=_AXES)
         self.pace = Pace(
             self._k,
-            free_rows=_FREE_ROWS.get(platform, _FREE_ROWS_OF_ACCELERATORS),
+            free_rows=tokens_for_free(engine.mesh.devices.flat[0].platform),
             draft_cost=cost,
             adaptive=speculation.adaptive,
         )
@@ -94,18 +92,27 @@ class Speculator:
             spans: what they ran.
         """
         texts = [span.chunk.sequence.tokens if span.chunk.last else [] for span in spans]
-        length = _SHORTEST_TEXT
-        while length < max(map(len, texts)):
-            length *= 4
-        lines = layout.lines(texts, min(length, self._length))
+        length = next(size for size in self.text_lengths if size >= max(map(len, texts), default=0))
+        self.enter_texts(state, slots, layout.lines(texts, length))
+
+    def enter_texts(self, state: Slots, slots: Any, lines: Any) -> None:
+        """The same with the texts as ``[D, b, N]``, filled up; N is one of ``text_lengths``."""
         self._history = self._remember(self._history, state, slots, lines)
+
+    @property
+    def text_lengths(self) -> list[int]:
+        """The lengths that texts are filled up to."""
+        lengths = [_SHORTEST_TEXT]
+        while lengths[-1] < self._length:
+            lengths.append(4 * lengths[-1])
+        return [min(length, self._length) for length in lengths]
 
     def note(self, state: Slots, slots: Any) -> None:
         """Note what a plain step has chosen for ``slots [D, b]``."""
         self._history = self._remember(self._history, state, slots, None)
 
     def decode(
-        self, pages: KVPages, state: Slots, rows: Rows, flags: Any, taking: Taking
+        self, pages: KVPages, state: Slots, rows: Rows, flags: Any, taking: Taking, since: float = 0.0
     ) -> tuple[DispatchedDrafts, KVPages, Slots]:
         """Dispatch a step that tries drafts; takes ``pages`` and ``state`` and gives new ones."""
         if self._draft is not None:
@@ -114,7 +121,7 @@ class Speculator:
         else:
             drafts = self._find(state, self._history, rows.slots)
         brought, pages, state, self._history = self._verify(pages, state, self._history, drafts, rows, flags)
-        return DispatchedDrafts(brought, taking, self.pace), pages, state
+        return DispatchedDrafts(brought, taking, self.pace, since=since), pages, state
 
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
         """Run a chunk of prompts through the smaller model as well, if there is one.
@@ -136,6 +143,13 @@ class Speculator:
         """Follow a pool that grew or shrank."""
         if self._draft is not None:
             self._draft.resize(num_pages)
+
+    def shadow(self) -> Speculator:
+        """See ``Dispatcher.shadow``."""
+        other = copy(self)
+        other._history = shapes_of(self._history)
+        other._draft = None if self._draft is None else self._draft.shadow()
+        return other
 
 
 class DraftModel:
@@ -188,6 +202,7 @@ class DraftModel:
             f"draft_prefill_{self._format.name}", partial(draft_chunk, fmt=self._format), phase="prefill"
         )
         self._step = jit("draft", draft, donate=(0,))
+        self._join = jit("draft_join", lambda _, *found: jnp.concatenate(found, axis=-1), out_axes=_AXES)
 
     @property
     def page_bytes(self) -> int:
@@ -201,7 +216,8 @@ class DraftModel:
         for ahead in range(k):
             tokens, self._pages = self._step(self._pages, state, tokens, np.int32(ahead), rows, flags)
             found.append(tokens)
-        return jnp.concatenate(found, axis=-1)
+        drafts: jax.Array = self._join(*found)
+        return drafts
 
     def prefill(self, chunk: Chunk, earlier: Any, targets: Any) -> None:
         """See ``Speculator.prefill``."""
@@ -222,6 +238,12 @@ class DraftModel:
             phase="decode",
         )
         self._pages = resized(self._pages)
+
+    def shadow(self) -> DraftModel:
+        """See ``Dispatcher.shadow``."""
+        other = copy(self)
+        other._pages = shapes_of(self._pages)
+        return other
 
 
 def _weight_bytes(engine: Engine) -> int:

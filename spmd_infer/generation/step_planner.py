@@ -54,9 +54,8 @@ class StepPlanner:
 
     def _plan_decodes(self, part: Part, plan: StepPlan) -> int:
         """Decode all that can; returns the tokens left for prompts, none where a sequence had to give way."""
-        width = self._limits.width
         decodes = plan.decodes
-        before = len(decodes)
+        planned = 0
         preempted = len(plan.preempted)
         running = part.running
         index = 0
@@ -65,6 +64,7 @@ class StepPlanner:
             index += 1
             if sequence.state is not State.DECODE:
                 continue
+            width = self._limits.width + sequence.ahead
             computed = sequence.computed + width
             if computed > sequence.reach or (
                 width > 1 and sequence.outputs + len(sequence.flights) >= sequence.max_tokens
@@ -74,11 +74,14 @@ class StepPlanner:
                 continue
             sequence.computed = computed
             sequence.in_flight += width
-            sequence.flights.append(width)
+            if sequence.ahead:
+                sequence.flights.append(sequence.ahead)
+            sequence.flights.append(self._limits.width)
+            planned += width
             decodes.append(sequence)
         if len(plan.preempted) > preempted:
             return 0
-        return self._limits.token_budget - width * (len(decodes) - before)
+        return self._limits.token_budget - planned
 
     def _make_room(self, part: Part, sequence: Sequence, positions: int, plan: StepPlan) -> bool:
         while sequence.room < positions:

@@ -1,4 +1,4 @@
-"""The programs of generation on one engine, and the sizes that they are compiled for."""
+"""The programs of generation on one engine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from spmd_infer.generation.kv_pages import PAGE_SIZE, KVPages, pages_axes
+from spmd_infer.axes import constrain
+from spmd_infer.generation.kv_pages import KVPages, pages_axes
 from spmd_infer.generation.slots import slot_axes
 from spmd_infer.generation.stage_pools import StagePools, of_pools
+from spmd_infer.generation.step_sizes import StepSizes
 from spmd_infer.generation.steps import choose, enter, forward, prefill, prefill_scored
 from spmd_infer.models.cache_formats import CacheFormat
 
 if TYPE_CHECKING:
     from spmd_infer.engine import Engine
+    from spmd_infer.model_program import ModelProgram
 
 
 class StepPrograms:
@@ -35,7 +38,7 @@ class StepPrograms:
         insert: ``KVPages.inserted``.
         copy: ``KVPages.copied``.
         gather: ``KVPages.gathered``.
-        buckets: rows that the programs of prompts and of decode steps are compiled for.
+        sizes: what they are compiled for.
     """
 
     def __init__(self, engine: Engine, config: Any, fmt: CacheFormat) -> None:
@@ -48,13 +51,13 @@ class StepPrograms:
         self.prefill_scored = engine.jit(
             f"prefill_scored_{fmt.name}", partial(prefill_scored, fmt=fmt), phase="prefill"
         )
-        self.enter = jit("enter", enter, donate=(1, 2))
+        self.enter = jit("enter", told(engine, enter), donate=(1, 2))
         self.forward = jit("decode", forward, donate=(0,))
-        self.choose = jit("choose", choose, donate=(1, 2))
+        self.choose = jit("choose", told(engine, choose), donate=(1, 2))
         self.insert = jit("insert", of_pools(each(KVPages.inserted, own=3)), donate=(0,), out_axes=axes)
         self.copy = jit("copy", of_pools(each(KVPages.copied)), donate=(0,), out_axes=axes)
         self.gather = jit("gather", of_pools(each(KVPages.gathered)))
-        self.buckets = RowBuckets()
+        self.sizes = StepSizes()
 
     @property
     def page_bytes(self) -> int:
@@ -72,16 +75,14 @@ class StepPrograms:
         )()
         return pages
 
-    def resized(self, pages: KVPages, num_pages: int) -> KVPages:
-        """The first ``num_pages`` pages, new ones empty."""
-        resize = self._engine.jit(
+    def resize(self, num_pages: int) -> ModelProgram:
+        """``KVPages.resized`` to so many pages in each part."""
+        return self._engine.jit(
             f"resize_{num_pages}",
             of_pools(self._pools.each(lambda pages: pages.resized(num_pages))),
             out_axes=self._axes,
             phase="decode",
         )
-        found: KVPages = resize(pages)
-        return found
 
     def laid_out(self, name: str, make: Callable[[Any], Any]) -> Any:
         """What ``make(model)`` gives, made on the devices and laid out as slots are."""
@@ -89,32 +90,13 @@ class StepPrograms:
         return self._engine.jit(name, make, out_axes=axes, phase="decode")()
 
 
-class RowBuckets:
-    """The rows of a part that programs run, so that few are compiled."""
+def told(engine: Engine, step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step whose first result is for the hosts: over several processes, all of it goes to every device."""
+    if not engine.mesh.is_multi_process:
+        return step
 
-    def __init__(self) -> None:
-        self._known: dict[str, list[int]] = {}
+    def tell(*args: Any) -> Any:
+        brought, *rest = step(*args)
+        return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), brought), *rest
 
-    def fit(self, kind: str, rows: int) -> int:
-        """The fewest rows that fit of those used before by programs of this kind, unless most would be wasted."""
-        known = self._known.setdefault(kind, [])
-        fitting = [size for size in known if rows <= size <= 4 * rows]
-        if fitting:
-            return min(fitting)
-        known.append(power_of_two(rows))
-        return known[-1]
-
-
-def chunk_length(tokens: int) -> int:
-    """Positions that the program for a chunk of so many tokens runs."""
-    return max(PAGE_SIZE, power_of_two(tokens))
-
-
-def earlier_pages(pages: int) -> int:
-    """Pages that the program for a chunk with so many pages before it takes; 0 for a chunk that begins its prompt."""
-    return power_of_two(pages) if pages else 0
-
-
-def power_of_two(count: int) -> int:
-    """The smallest that is not smaller."""
-    return 1 << max(0, count - 1).bit_length()
+    return tell

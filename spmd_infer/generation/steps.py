@@ -117,11 +117,14 @@ class Rows:
     Attributes:
         slots: ``[D, b]`` int32; the last slot for a row that only fills up.
         view: which pages they use; its ``limits`` are 1 for rows that run and 0 for those that only fill up.
+        ahead: ``[D, b, N]`` int32, tokens that follow the last one of each row and are run with it; -1 behind them.
+            None where no row has any.
         adapters: as for ``Chunk``.
     """
 
     slots: jax.Array
     view: PageView
+    ahead: jax.Array | None = None
     adapters: RowAdapters | None = None
 
 
@@ -136,6 +139,7 @@ class Choice:
         ruled: ``[D, b]`` bool, which rows have rules; None where no row has.
         rule_flags: the flags of ``TokenRules``; None likewise.
         mask: as for ``Entering``.
+        ahead: as for ``Rows``; the token that is chosen follows them.
     """
 
     slots: jax.Array
@@ -143,6 +147,7 @@ class Choice:
     ruled: jax.Array | None
     rule_flags: dict[str, jax.Array] | None
     mask: jax.Array | None
+    ahead: jax.Array | None = None
 
 
 def prefill(
@@ -222,7 +227,7 @@ def run_chunk(
 
 
 def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[jax.Array, KVPages]:
-    """Run each row's last token.
+    """Run each row's last token, and those that are known to follow it.
 
     Apart from the choice of the next one, so that a program of the model is needed for each size of the pool but none
     for each way of choosing; and so that the host can make masks meanwhile.
@@ -234,15 +239,19 @@ def forward(model: Decoder, pages: KVPages, state: Slots, rows: Rows) -> tuple[j
         rows: which rows, and their pages.
 
     Returns:
-        Logits ``[D b, V]`` of each row's next token, and the cache with one position more of each row.
+        Logits ``[D b, V]`` of each row's next token, and the cache with the positions of the tokens that were run.
     """
-    lengths = take(state.lengths, rows.slots)
-    view = shared_by_stages(model.layers, replace(rows.view, limits=rows.view.limits * (lengths + 1)))
+    lengths, last = take((state.lengths, state.tokens), rows.slots)
+    known = _known(rows.ahead)
+    view = shared_by_stages(model.layers, replace(rows.view, limits=rows.view.limits * (lengths + 1 + known)))
     if rows.adapters is not None:
         rows.adapters.onto(model)
-    tokens = jnp.maximum(flat(take(state.tokens, rows.slots)), 0)  # -1 in a row that ended for want of a token
-    x, done = model.hidden(tokens[:, None], flat(lengths)[:, None], pages.layers(view))
-    logits = constrain(model.logits(x[:, 0]), BATCH, VOCAB)
+    tokens = last[..., None] if rows.ahead is None else jnp.concatenate((last[..., None], rows.ahead), axis=-1)
+    positions = lengths[..., None] + jnp.arange(tokens.shape[-1])
+    # -1 where there is none, and in a row that ended for want of a token
+    x, done = model.hidden(flat(jnp.maximum(tokens, 0)), flat(positions), pages.layers(view))
+    newest = x[:, 0] if rows.ahead is None else jnp.take_along_axis(x, flat(known)[:, None, None], axis=1)[:, 0]
+    logits = constrain(model.logits(newest), BATCH, VOCAB)
     return logits, pages.updated(done)
 
 
@@ -263,6 +272,11 @@ def choose(
     """
     del model
     lengths, generated = take((state.lengths, state.generated), choice.slots)
+    known = _known(choice.ahead)
+    lengths, generated = lengths + known, generated + known
+    if choice.ahead is not None and rules is not None:
+        for index in range(choice.ahead.shape[-1]):
+            rules = rules.counted(choice.slots, choice.ahead[..., index])
     sampling = replace(take(state.sampling, choice.slots), **choice.flags)
     own = None
     if rules is not None and choice.rule_flags is not None and choice.ruled is not None:
@@ -291,6 +305,11 @@ def _choose(
     )
     chosen = Chosen(*(constrain(x.reshape(*slots.shape, *x.shape[1:]), *_axes(x.ndim + 1)) for x in found))
     return chosen, rules.counted(slots, chosen.tokens)
+
+
+def _known(ahead: jax.Array | None) -> jax.Array:
+    """How many tokens of each row ``[D, b]`` are run besides its last; one 0 for all where none are."""
+    return jnp.int32(0) if ahead is None else (ahead >= 0).sum(axis=-1, dtype=jnp.int32)
 
 
 def _axes(rank: int) -> tuple[str | None, ...]:

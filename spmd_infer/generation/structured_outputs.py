@@ -25,6 +25,8 @@ class StructuredOutputs:
         regex: a regular expression (Rust syntax: no look-around, no back-references) that the whole text matches.
         choice: strings, of which the text is one.
         grammar: a context-free grammar in Lark's notation or GBNF.
+        compact: JSON without line breaks, as Python's ``json.dumps`` lays it out, where otherwise the model may choose.
+            More of the text is then certain before the model has seen it, and costs no step.
 
     Raises:
         TaskError: not exactly one is given, or it is larger than the limits.
@@ -35,9 +37,11 @@ class StructuredOutputs:
     regex: str | None = None
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
+    compact: bool = False
 
     def __post_init__(self) -> None:
-        given = [each.name for each in fields(self) if getattr(self, each.name) not in (None, False)]
+        shapes = [each.name for each in fields(self) if each.name != "compact"]
+        given = [name for name in shapes if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise TaskError(
                 "structured_outputs takes exactly one of json, json_object, regex, choice and grammar; "

@@ -38,13 +38,15 @@ class TokenState:
 
         Args:
             rows: ``[B]`` int32; rows that fill a batch up share a slot that nobody uses.
-            tokens: ``[B]`` int32; one outside the vocabulary is not counted.
+            tokens: ``[B]`` int32; -1 for none.
         """
         vocab = self.output_counts.shape[1]
         # Every device hears of all rows; left to itself XLA lets each count its own and adds up whole states.
         rows, tokens = constrain(rows, None), constrain(tokens, None)
         places = jnp.where(tokens >= 0, tokens, vocab)
-        shifted = jnp.concatenate([self.recent[rows, 1:], tokens[:, None]], axis=1)
+        recent = self.recent[rows]
+        shifted = jnp.concatenate([recent[:, 1:], tokens[:, None]], axis=1)
+        shifted = jnp.where(tokens[:, None] >= 0, shifted, recent)
         return TokenState(
             self.prompt_seen,
             self.output_counts.at[rows, places].add(1, mode="drop"),

@@ -28,6 +28,7 @@ from spmd_infer.generation.scoring import SCORING, check_text, score_texts
 from spmd_infer.generation.speculation import Draft
 from spmd_infer.generation.stopping import StopText
 from spmd_infer.generation.tokenizer import Tokenizer
+from spmd_infer.generation.warm_up import WarmedUp
 from spmd_infer.tasks.completions import Completion, completion_of, completion_of_beams, imbalance
 
 if TYPE_CHECKING:
@@ -64,6 +65,35 @@ class Generate:
         self._adapters = Adapters(engine, self._options.max_adapters, self._options.max_adapter_rank)
         self.loop = self._new_loop()
         self._ids = count()
+        self._warm_up_if_asked()
+
+    def warm_up(
+        self, max_rows: int | None = None, max_len: int | None = None, *, rules: bool = True, quiet: bool = False
+    ) -> WarmedUp:
+        """Compile all programs ahead; see ``GenerationLoop.warm_up``. In a job of several processes all call it."""
+        return self.loop.warm_up(max_rows, max_len, rules=rules, quiet=quiet)
+
+    def warm_up_for(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = False,
+        adapter: AdapterNames = None,
+        quiet: bool = False,
+    ) -> WarmedUp:
+        """Compile all programs that a call with these arguments may need; see ``GenerationLoop.warm_up``.
+
+        Raises:
+            TaskError: as the call does.
+        """
+        checked = self._checked(prompts, params, adapter, chat=chat)
+        return self.warm_up(
+            sum(own.samples * own.num_beams for _, own, _ in checked),
+            max(len(ids) + own.max_tokens for ids, own, _ in checked),
+            rules=any(own.needs_rules or own.num_beams > 1 or own.samples > own.n for _, own, _ in checked),
+            quiet=quiet,
+        )
 
     def __call__(
         self,
@@ -183,15 +213,20 @@ class Generate:
                 raise
             self._options = replace(self._options, speculation=None)
             self.loop = self._new_loop()
+            self._warm_up_if_asked()
             raise TaskError(
                 f"the draft model cannot follow to {self._engine.plan.mesh}: {error}; generation goes on without drafts"
             ) from error
+        self._warm_up_if_asked()
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Load a LoRA adapter, while requests run; see ``Engine.load_adapter``."""
         lora = open_together(self._engine, Path(path))
         with self.loop.lock:
+            first = not self._adapters.any_loaded
             self._adapters.load(name, lora)
+            if first:
+                self._warm_up_if_asked()
 
     def drop_adapter(self, name: str) -> None:
         """Drop a LoRA adapter; see ``Engine.drop_adapter``."""
@@ -202,6 +237,10 @@ class Generate:
     def adapters(self) -> tuple[str, ...]:
         """The names of the adapters that requests may use."""
         return self._adapters.names
+
+    def _warm_up_if_asked(self) -> None:
+        if self._options.warm_up:
+            self.warm_up()
 
     def _new_loop(self) -> GenerationLoop:
         kind: type[GenerationLoop] = GenerationLoop

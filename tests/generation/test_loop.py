@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ from spmd_infer.generation.thresholds import CANDIDATES
 from spmd_infer.models.cache_formats import CacheFormat
 from spmd_infer.planning.audit import collectives, summary
 from spmd_infer.tasks.generate import check_prompt
+from spmd_infer.transfer import fetch
 from tests.references.llama_variants import BASE, token_ids, write_checkpoint
 
 EOS = 127
@@ -338,6 +340,24 @@ def test_the_loop_counts_its_steps_and_the_time_it_waits() -> None:
     assert 0 < times.waited < times.seconds
     assert times.host_seconds == pytest.approx(times.seconds - times.waited)
     assert times.host_share == pytest.approx(times.host_seconds / times.seconds)
+
+
+def test_the_loop_sends_and_reads_explicitly_and_reads_only_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, mesh_text: str
+) -> None:
+    params = [GREEDY, SamplingParams(max_tokens=6, temperature=0.9, seed=2, repetition_penalty=1.2, logprobs=2)] * 3
+    used, expected = loop(mesh_text), run(loop(mesh_text), prompts(), params)
+    ready = []
+
+    def fetched(tree: Any) -> Any:
+        ready.append(all(x.is_ready() for x in jax.tree.leaves(tree)))
+        return fetch(tree)
+
+    monkeypatch.setattr("spmd_infer.generation.dispatched.fetch", fetched)
+    with jax.transfer_guard("disallow"):  # all but explicit ones
+        assert run(used, prompts(), params) == expected
+    assert len(ready) > GREEDY.max_tokens
+    assert all(ready)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,26 @@ def test_lookahead_reserves_the_most_and_comes_back_to_the_truth() -> None:
     assert (scheduler[0].computed, len(scheduler[0].tokens) - 1) == (10, 10)
 
 
+def test_known_tokens_are_run_with_the_next_step_and_taken_before_its_choice() -> None:
+    scheduler = scheduler_of(token_budget=20)
+    for name in ("a", "b"):
+        scheduler.add(sequence(name, 3, max_tokens=9))
+    run(scheduler, 1)
+    scheduler["a"].ahead = 3
+    scheduler.add(sequence("c", 40))
+    plan = scheduler.plan(0.0)
+    assert ids(plan.decodes) == ["a", "b"]
+    assert chunks(plan) == [("c", 0, 12, False)]  # of 20 tokens those five are taken
+    assert (scheduler["a"].computed, scheduler["a"].in_flight, scheduler["b"].computed) == (7, 4, 4)
+    assert len(scheduler["a"].pages) == 2  # the third position of seven is on the second page of four
+    assert scheduler.accept("a", [5, 6, 7])  # known
+    assert scheduler.accept("a", [8])  # chosen
+    assert scheduler["a"].tokens == [1, 1, 1, 2, 5, 6, 7, 8]
+    assert scheduler["a"].in_flight == 0
+    with pytest.raises(TaskError, match="all steps of sequence 'a' have been read"):
+        scheduler.accept("a", [9])
+
+
 def test_first_come_first_served_inside_a_priority() -> None:
     scheduler = scheduler_of(slots=1)
     for name in range(5):

@@ -160,7 +160,7 @@ def test_continuations_of_one_prompt_are_those_of_each_alone() -> None:
 def test_drafts_that_are_never_right_are_soon_no_longer_tried() -> None:
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     used = loop(speculation=drafts("mha", "data=1,model=1"))
-    speculator = used._executor._speculator
+    speculator = used._executor.dispatcher.speculator
     assert speculator is not None
     speculator.pace = Pace(4, free_rows=8)  # as if drafts cost nothing: this one is as large as the model
     found = finished(used, prompts(), [params] * 6)

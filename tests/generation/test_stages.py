@@ -69,7 +69,7 @@ def test_tokens_are_those_of_one_device(mesh: str) -> None:
 def test_pages_lie_with_their_layers(mesh: str) -> None:
     used = loop(mesh)
     shape, own = dict(engine(mesh).mesh.shape), engine(mesh)
-    pools = jax.tree.leaves(used._executor._pages)
+    pools = jax.tree.leaves(used._executor.dispatcher._pages)
     depth = -(-LAYERS // shape["stage"])
     assert len(pools) == 2 * depth
     config: Any = own.config

@@ -45,13 +45,19 @@ def together(engine: Engine, prompts: list[str], **options: Any) -> Tokens:
         {"prefix_cache": False, "chunked": False},
         {"max_chunk": 64, "token_budget": 256},
         {"cache_bytes": 30 << 20, "max_rows": 8},  # ten pages: rows lose theirs
+        {"speculation": si.PromptLookup(k=2, adaptive=False), "max_rows": 16},
     ],
-    ids=["default", "whole prompts, nothing shared", "chunks of a page", "ten pages"],
+    ids=["default", "whole prompts, nothing shared", "chunks of a page", "ten pages", "drafts"],
 )
 def test_on_one_device(engine: Engine, prompts: list[str], serial: Tokens, options: dict[str, Any]) -> None:
     assert together(engine, prompts, **options) == serial
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "data=8,model=1"])
-def test_on_eight_devices(smollm2: Path, prompts: list[str], serial: Tokens, mesh: str) -> None:
-    assert together(Engine.load(smollm2, mesh=mesh, dtype="float32"), prompts) == serial
+@pytest.mark.parametrize(("mesh", "parts"), [("data=2,model=4", 2), ("data=8,model=1", 8)])
+def test_on_eight_devices(smollm2: Path, prompts: list[str], serial: Tokens, mesh: str, parts: int) -> None:
+    engine = Engine.load(smollm2, mesh=mesh, dtype="float32")
+    assert together(engine, prompts) == serial
+    # Everything else at once: drafts, chunks of a page, nothing shared, and ten pages in each part.
+    drafts = si.PromptLookup(k=2, adaptive=False)
+    hard = {"speculation": drafts, "max_chunk": 64, "prefix_cache": False, "cache_bytes": parts * (30 << 20)}
+    assert together(engine, prompts, max_rows=4 * parts, token_budget=256, **hard) == serial

@@ -13,8 +13,8 @@ from spmd_infer.engine import Engine
 from spmd_infer.errors import TaskError
 from spmd_infer.tasks.completions import Completion
 from tests.references.letters import write_tokenizer
-from tests.references.llama_variants import token_ids, write_checkpoint
-from tests.references.lora_adapters import random_adapter, write_merged
+from tests.references.llama_variants import BASE, token_ids, write_checkpoint
+from tests.references.lora_adapters import ALL, adapter_tensors, random_adapter, write_adapter, write_merged
 
 GREEDY = si.SamplingParams(max_tokens=10, ignore_eos=True)
 PROMPTS = [row[:length].tolist() for row, length in zip(token_ids(4, 40), (30, 7, 22, 3), strict=True)]
@@ -73,6 +73,24 @@ def test_an_adapter_from_load_to_drop(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no adapter 'poet'"):
         engine.generate(PROMPTS, GREEDY, adapter="poet")
     assert ids(engine.generate(PROMPTS, GREEDY)) == plain
+
+
+def test_a_warm_up_when_the_task_is_made_and_again_with_the_first_adapter(tmp_path: Path) -> None:
+    engine = loaded(layers=1)
+    task = engine.task("generate", si.GenerationOptions(max_rows=1, max_chunk=64, warm_up=True))
+    compiled = engine.compiles
+    plain = engine.generate(PROMPTS, GREEDY)
+    assert engine.compiles == compiled
+
+    tensors = adapter_tensors(BASE | {"num_hidden_layers": 1}, rank=2, seed=1)
+    path = write_adapter(tmp_path, tensors, r=2, lora_alpha=2, target_modules=list(ALL))
+    engine.load_adapter("poet", path)
+    compiled = engine.compiles
+    changed = engine.generate(PROMPTS, GREEDY, adapter="poet")
+    engine.load_adapter("another", path)
+    assert ids(engine.generate(PROMPTS, GREEDY, adapter="another")) == ids(changed) != ids(plain)
+    assert task.warm_up_for(PROMPTS[0], GREEDY, adapter="poet", quiet=True).programs == 0  # all are there
+    assert engine.compiles == compiled
 
 
 def test_an_echo_shows_every_token() -> None:
