@@ -6,7 +6,8 @@
 ``--model`` is a checkpoint; ``--shape`` the shape of a well-known model, with random weights made on the devices;
 ``--tiny`` a shape small enough to try everything on a CPU in a minute. ``--peers`` adds transformers (torch) where
 they are installed: on the same weights, dequantised, or on random ones of the same shape in bfloat16, with its static
-cache, compiled, on a GPU. Every round runs each contender once, one after the other; the figures are medians.
+cache, compiled, on a GPU; and for a GGUF file CTranslate2 and llama.cpp (``generation_peers.py``; then run this as
+``python -m benchmarks.generation``). Every round runs each contender once, one after the other; figures are medians.
 
 "of limit" is the part of what the devices' measured rates allow: for prompts the arithmetic of all projections, for
 tokens after the first reading the weights and what the cache holds once for each step of all rows.
@@ -31,6 +32,7 @@ import jax
 import numpy as np
 
 import spmd_infer as si
+from spmd_infer import demo
 from spmd_infer.bench.device import DeviceFigures, measure_device
 from spmd_infer.cli.app import app
 from spmd_infer.functional import model_function
@@ -49,6 +51,9 @@ TINY = {
     "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 64, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
 }  # fmt: skip
+
+
+PACKAGES = ("jax", "torch", "transformers", "ctranslate2", "llama-cpp-python")
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,33 @@ def checkpoint_contenders(
         app(["convert", model, str(folder), "--to", "huggingface", "--dtype", "float32"], standalone_mode=False)
         for dtype in ("float32", "bfloat16"):
             found[f"transformers {dtype}"] = transformers_peer(dtype, folder)
+        found |= cpp_contenders(model, folder, next(iter(found.values())), next(iter(engines.values())))
+    return found
+
+
+def cpp_contenders(model: str, folder: Path, like: Contender, engine: si.Engine) -> dict[str, Contender]:
+    """CTranslate2 and llama.cpp, as far as they are installed, on the weights of a contender of ours."""
+    from benchmarks.generation_peers import ctranslate2_peer, llama_cpp_file, llama_cpp_peer
+
+    config: Any = engine.config
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # numbers of a position
+
+    def contender(run: Callable[[np.ndarray, int], tuple[float, float]], weights: int, position: int) -> Contender:
+        def rates(prompts: np.ndarray, new: int) -> Rates:
+            first, whole = run(prompts, new)
+            return Rates(prompts.size / first, len(prompts) * (new - 1) / (whole - first))
+
+        return Contender(rates, weights, like.products, "int8", position)
+
+    found: dict[str, Contender] = {}
+    if _version("ctranslate2"):
+        tokenizer = engine.task("generate").tokenizer.serialized()
+        found["CTranslate2 int8"] = contender(ctranslate2_peer(folder, tokenizer, "int8"), like.products, 4 * cached)
+    path = demo.demo_path(model) if model.startswith(demo.PREFIX) else Path(model)
+    if _version("llama-cpp-python") and path.suffix == ".gguf":
+        for kind in ("Q8_0", "Q4_1"):
+            file = llama_cpp_file(path, kind, folder.parent)
+            found[f"llama.cpp {kind}"] = contender(llama_cpp_peer(file), file.stat().st_size, 2 * cached)
     return found
 
 
@@ -264,7 +296,7 @@ def main() -> None:
     else:
         contenders = checkpoint_contenders(options.model, variants, options.peers, max(rows))
     figures = measure_device()
-    versions = [f"{name} {_version(name)}" for name in ("jax", "torch", "transformers") if _version(name)]
+    versions = [f"{name} {_version(name)}" for name in PACKAGES if _version(name)]
     machine = f"{figures.kind} x {figures.count}, {platform.machine()}, {os.cpu_count()} cores; {', '.join(versions)}"
     print(f"{machine}; reads {figures.read / 1e9:.1f} GB/s; load {os.getloadavg()[0]:.1f}\n")
     columns = (
