@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import _lru_cache_wrapper
 from pathlib import Path
@@ -51,7 +52,10 @@ def _few_mappings() -> Iterator[None]:
     """
     yield
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") <= MOST_MAPPINGS:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # temporary folders that a cached function kept go with it
         for name in [name for name in sys.modules if name.startswith("tests.")]:
             for value in vars(sys.modules[name]).values():
                 if isinstance(value, _lru_cache_wrapper):

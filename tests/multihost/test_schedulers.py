@@ -20,6 +20,8 @@ from spmd_infer.multihost.secret import job_secret
 from tests.multihost.processes import clean_environment
 
 LAUNCH = Path("scripts/launch").resolve()
+ENDED_FOR = 4
+"""Looks, half a second apart, at which a job must have ended."""
 
 PROGRAM = """
 import os, sys
@@ -99,9 +101,10 @@ def submitted(conf: str, folder: Path, command: list[str], restarts: int, second
     ).stdout.strip()  # fmt: skip
     deadline = time.monotonic() + seconds
     try:
-        state = ""
-        while state not in ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT"):  # one that is put back is CANCELLED first
+        state, ended = "", 0
+        while ended < ENDED_FOR:  # one that is put back may look as if it had ended meanwhile
             state = state_of(job, env)
+            ended = ended + 1 if state in ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT") else 0
             assert time.monotonic() < deadline, output.read_text() if output.exists() else f"never started: {state}"
             if state == "PENDING":  # a requeued job is held back for two minutes, so that a broken node is noticed
                 update = ["scontrol", "update", f"jobid={job}", "starttime=now"]
