@@ -196,6 +196,15 @@ def test_whatever_the_options_the_tokens_are_the_same(mesh: str, options: dict[s
     assert expected[:6] == [naive(prompt, GREEDY.max_tokens) for prompt in ids[:6]]
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_tokens=12, ignore_eos=True, repetition_penalty=1.3)])
+def test_a_loop_for_more_rows_follows_one_for_few(params: SamplingParams) -> None:
+    with TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), "mha")
+        own = Engine.load(folder, mesh="data=1,model=1", buckets=[8])
+    few, many = (GenerationLoop(own, own.config, {EOS}, GenerationOptions(max_rows=rows)) for rows in (1, 8))
+    assert run(few, prompts(), params) == run(many, prompts(), params)
+
+
 def test_a_prompt_that_begins_like_an_earlier_one_takes_its_pages() -> None:
     used = loop(prefix_cache=True)
     ids = prompts([30])[0] * 5
