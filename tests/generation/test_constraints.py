@@ -280,10 +280,10 @@ def test_a_slow_compilation_fails_its_request_only(tokenizer: Tokenizer) -> None
     gate = threading.Event()
     compile_now = slow._compile
 
-    def late(kind: str, source: str) -> Any:
+    def late(kind: str, source: str, compact: bool) -> Any:
         if source == "late":
             gate.wait(20)
-        return compile_now(kind, source)
+        return compile_now(kind, source, compact)
 
     slow._compile = late  # type: ignore[method-assign]  # stands for a schema that takes long
     try:
@@ -300,7 +300,7 @@ def test_cache_is_bounded_and_shared(tokenizer: Tokenizer) -> None:
     small = ConstraintCompiler(tokenizer, VOCAB, cached=2)
     for pattern in ("a", "b", "a", "c"):
         small.compile(StructuredOutputs(regex=pattern))
-    assert [source for _, source in small._compiled] == ["a", "c"]
+    assert [source for _, source, _ in small._compiled] == ["a", "c"]
     results: list[Constraint] = []
     threads = [
         threading.Thread(target=lambda: results.append(small.compile(StructuredOutputs(regex="z{3}"))))
