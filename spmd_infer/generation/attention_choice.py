@@ -191,7 +191,8 @@ class AttentionChoice:
             Packed(PAGE_KEY_AXES, scales),  # type: ignore[arg-type]  # trees of axes, not of arrays
             Packed(PAGE_VALUE_AXES, scales),  # type: ignore[arg-type]
         )
-        made_now = self._engine.jit(f"attention_pages_{rows}_{pages}", made, out_axes=axes, phase="decode")()
+        name = f"attention_pages_{rows}_{pages}_{self._format.name}"
+        made_now = self._engine.jit(name, made, out_axes=axes, phase="decode")()
         positions = np.tile((limits - 1).astype(np.int32), every)[..., None]
         return (*made_now, positions, view)
 
