@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from functools import _lru_cache_wrapper
@@ -31,6 +32,15 @@ from spmd_infer.errors import SpmdInferError
 MESHES = ((1, 1), (8, 1), (1, 8), (2, 4), (4, 2))
 MOST_MAPPINGS = 12_000
 """Memory mappings that a process of the tests may begin a module with."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one test has compiled, the others of this process find: most tests compile the same small models."""
+    folder = tempfile.TemporaryDirectory(prefix="spmd-infer-tests-compiled-")
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
