@@ -110,8 +110,8 @@ def submitted(conf: str, folder: Path, command: list[str], restarts: int, second
             state, begins = state_of(job, env)
             ended = ended + 1 if state in ("COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT") else 0
             assert time.monotonic() < deadline, output.read_text() if output.exists() else f"never started: {state}"
-            # A requeued job is held back for two minutes. Within the second of its requeue SLURM takes its credential for
-            # revoked and ends it; a few seconds later it does not.
+            # A requeued job is held back for two minutes. Within the second of its requeue SLURM takes its credential
+            # for revoked and ends it; a few seconds later it does not.
             if state == "PENDING" and begins > 10:
                 update = ["scontrol", "update", f"jobid={job}", "starttime=now+4seconds"]
                 subprocess.run(update, env=env, capture_output=True, check=False)

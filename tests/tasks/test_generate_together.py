@@ -59,6 +59,7 @@ def test_on_eight_devices(smollm2: Path, prompts: list[str], serial: Tokens, mes
     assert together(engine, prompts) == serial
     # Everything else at once, for some of them: drafts, chunks of a page, nothing shared, and ten pages in each part.
     drafts = si.PromptLookup(k=2, adaptive=False)
-    hard: dict[str, Any] = {"speculation": drafts, "max_chunk": 64, "prefix_cache": False, "cache_bytes": parts * (30 << 20)}
+    hard: dict[str, Any] = {"speculation": drafts, "max_chunk": 64, "prefix_cache": False}
+    small = {"cache_bytes": parts * (30 << 20), "max_rows": 4 * parts, "token_budget": 256}
     some = 6 * parts
-    assert together(engine, prompts[:some], max_rows=4 * parts, token_budget=256, **hard) == serial[:some]
+    assert together(engine, prompts[:some], **hard, **small) == serial[:some]
