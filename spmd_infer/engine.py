@@ -337,8 +337,8 @@ class Engine(TaskVerbs):
         """A function of the model, compiled for the mesh: what tasks are built from.
 
         Args:
-            name: names the function; two functions of one engine must not share it, nor two that differ in what they
-                close over: sizes that no argument shows belong into it.
+            name: names the function; two functions of one engine must not share it, nor two that close over different
+                values. Without arrays as arguments, functions whose results differ in shape or dtype may share it.
             fn: ``fn(model, *args)``, traced with the rebuilt model.
             donate: positions in ``args`` whose memory may be reused.
             out_axes: logical axes of the results, a pytree prefix with tuples for leaves; None lets XLA choose.

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from spmd_infer.axes import axis_scope
 from spmd_infer.functional import Params
 from spmd_infer.packed_arguments import Packing
 from spmd_infer.placement import Placement
@@ -47,6 +48,7 @@ class ModelProgram:
         self._programs, self._name, self._fn = programs, name, fn
         self._donate, self._out_axes, self._phase = donate, out_axes, phase
         self._packings: dict[Hashable, Packing] = {}
+        self._given: dict[Any, Hashable] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Dispatch it; compiles first where it must. See ``compiling_only`` for when it is not run at all."""
@@ -63,6 +65,8 @@ class ModelProgram:
 
     def _program(self, leaves: list[Any], treedef: Any, args: tuple[Any, ...]) -> tuple[Program, Packing]:
         key = (self._name, treedef, *[(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves])
+        if not leaves:
+            key = (*key, self._results(treedef, args))
         packing = self._packings.get(key)
         if packing is None:
             packing = Packing.of([leaf for leaf in leaves if not hasattr(leaf, "sharding")])
@@ -71,6 +75,22 @@ class ModelProgram:
         if program is None:
             program = self._compiled(key, leaves, treedef, args, packing)
         return program, packing
+
+    def _results(self, treedef: Any, args: tuple[Any, ...]) -> Hashable:
+        """Shapes and dtypes of the results: they tell apart functions of one name that take no arrays.
+
+        Such a function gives what it closes over, and nothing else of it shows in a key.
+        """
+        if treedef not in self._given:
+            placement = self._programs.placement
+
+            def run(values: Params) -> Any:
+                with axis_scope(placement.rules(self._phase), placement.mesh):
+                    return self._fn(placement.model.rebuild(values), *args)
+
+            results, structure = jax.tree_util.tree_flatten(jax.eval_shape(run, placement.params))
+            self._given[treedef] = (structure, *[(result.shape, result.dtype) for result in results])
+        return self._given[treedef]
 
     def _compiled(
         self, key: Hashable, leaves: list[Any], treedef: Any, args: tuple[Any, ...], packing: Packing

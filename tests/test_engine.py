@@ -243,6 +243,18 @@ def test_functions_of_the_model_are_compiled_once_a_shape() -> None:
     assert engine.compiles == 1
 
 
+def test_functions_without_arrays_are_told_apart_by_what_they_give() -> None:
+    engine = si.Engine(Annotated(rngs=nnx.Rngs(1)), mesh="data=2,model=4", example=X)
+
+    def zeros(shape: tuple[int, ...], dtype: str) -> jax.Array:
+        return engine.jit("zeros", lambda _: si.constrain(jnp.zeros(shape, dtype), "batch"), out_axes=("batch",))()
+
+    for shape, dtype in (((8,), "float32"), ((16,), "float32"), ((8,), "int32"), ((8,), "float32")):
+        made = zeros(shape, dtype)
+        assert (made.shape, made.dtype) == (shape, dtype)
+    assert engine.compiles == 3
+
+
 def test_models_that_do_not_fit_are_refused_with_the_bytes() -> None:
     abstract = {"w": jax.ShapeDtypeStruct((1 << 20, 1 << 18), jnp.float32)}
     with pytest.raises(DoesNotFitError, match=r"needs [\d,]+ bytes a device .* are available") as caught:

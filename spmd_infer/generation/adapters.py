@@ -112,8 +112,7 @@ class Adapters:
         new = self._read(lora)
         axes = {path: each.table_axes for path, each in self._projections.items()}
         if not self._tables:
-            tables = f"adapters_{self._most}_{self._max_rank}"
-            self._tables = self._engine.jit(tables, lambda _: self._empty(), out_axes=axes, phase="decode")()
+            self._tables = self._engine.jit("adapters", lambda _: self._empty(), out_axes=axes, phase="decode")()
         insert = self._engine.jit("load_adapter", _inserted, donate=(0,), out_axes=axes, phase="decode")
         placed = jax.tree.map(lambda x, names: self._engine.place(x, names[1:], phase="decode"), new, axes)
         self._tables = insert(self._tables, placed, np.int32(slot))

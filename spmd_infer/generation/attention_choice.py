@@ -191,8 +191,7 @@ class AttentionChoice:
             Packed(PAGE_KEY_AXES, scales),  # type: ignore[arg-type]  # trees of axes, not of arrays
             Packed(PAGE_VALUE_AXES, scales),  # type: ignore[arg-type]
         )
-        name = f"attention_pages_{rows}_{pages}_{self._format.name}"
-        made_now = self._engine.jit(name, made, out_axes=axes, phase="decode")()
+        made_now = self._engine.jit("attention_pages", made, out_axes=axes, phase="decode")()
         positions = np.tile((limits - 1).astype(np.int32), every)[..., None]
         return (*made_now, positions, view)
 
@@ -211,7 +210,7 @@ class AttentionChoice:
         queries = (ATTN_BATCH, SEQ, ATTN_HEADS, HEAD_DIM)
         keys = (ATTN_BATCH, KEY_SEQ, ATTN_KV_HEADS, HEAD_DIM)
         found: tuple[Any, ...] = self._engine.jit(
-            f"attention_prompts_{rows}_{length}", made, out_axes=(queries, keys, keys), phase="prefill"
+            "attention_prompts", made, out_axes=(queries, keys, keys), phase="prefill"
         )()
         return found
 

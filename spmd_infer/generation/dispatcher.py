@@ -83,9 +83,7 @@ class Dispatcher:
 
     def _start(self, num_pages: int) -> None:
         rows = SamplingArrays(**sampling_arrays([], self._eos_ids, most_stops=MOST_STOPS))  # type: ignore[arg-type]  # numpy
-        self._state: Slots = self._programs.laid_out(
-            f"slots_{self.slots}", lambda _: Slots.empty(rows, self.parts, self.slots)
-        )
+        self._state: Slots = self._programs.laid_out("slots", lambda _: Slots.empty(rows, self.parts, self.slots))
         self._book = RuleBook(self._programs, parts=self.parts, slots=self.slots, vocab_size=self._config.vocab_size)
         if self._largest_rules:
             self._book.make_room()

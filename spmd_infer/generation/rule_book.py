@@ -72,8 +72,7 @@ class RuleBook:
 
     def _grow(self, shown: SlotRules, widths: RuleWidths) -> None:
         """Room for rules of these widths in every slot; what slots hold already stays."""
-        name = f"rules_{widths}_{self._slots}"
-        empty = self._programs.laid_out(name, lambda _: empty_slots(shown, self._parts, self._slots))
+        empty = self._programs.laid_out("rules", lambda _: empty_slots(shown, self._parts, self._slots))
         if self.rules is not None:
             empty = jax.tree.map(_widened, empty, self.rules)
         self.rules, self._widths = empty, widths

@@ -98,7 +98,7 @@ def pipeline_cost(
     axes = tuple(axis for axis in rules.mesh_axes(LAYERS) if mesh.shape.get(axis, 1) > 1)
     parts = rules.row_parts(mesh.shape) // stages
     permutes = Message("collective-permute", axes, row_bytes * rows // count // parts, 2 * shape.ticks)
-    tick = max(compute, memory) + talk
+    tick = StepTime(compute, memory, talk, overlaps=not shared).total
     passing = message_time((permutes,), mesh, cluster)
     return PipelineCost(
         StepTime(
@@ -106,6 +106,7 @@ def pipeline_cost(
             memory=outside.time.memory + working * memory,
             collectives=outside.time.collectives + working * talk + passing,
             total_seconds=outside.time.total + working * tick + passing,
+            overlaps=not shared,
         ),
         shape.bubble,
         permutes,

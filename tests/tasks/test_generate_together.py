@@ -15,7 +15,9 @@ Tokens = list[tuple[int, ...]]
 
 @pytest.fixture(scope="module")
 def prompts(human_eval: list[str]) -> list[str]:
-    return human_eval[:64]
+    """The sixty shortest, and the four longest."""
+    by_length = sorted(human_eval, key=len)
+    return by_length[:60] + by_length[-4:]
 
 
 @pytest.fixture(scope="module")
