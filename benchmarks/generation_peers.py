@@ -19,6 +19,10 @@ Run = Callable[[np.ndarray, int], tuple[float, float]]
 """Takes prompts ``[rows, tokens]`` and how many tokens to add; gives the seconds to the first and to the last."""
 
 
+_kept: list[object] = []
+"""What C code calls later on, which Python would free."""
+
+
 def timed(seconds: Callable[[np.ndarray, int], float]) -> Run:
     """From how long it takes to add so many tokens: the first is the prompt's, the others are decoded."""
     return lambda prompts, new: (seconds(prompts, 1), seconds(prompts, new))
@@ -74,7 +78,9 @@ def llama_cpp_peer(path: Path) -> Run:
     """llama.cpp over its own programming interface: all rows in one batch, as its server runs them; greedy."""
     import llama_cpp as lib
 
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    silent = lib.llama_log_callback(lambda *_: None)
+    _kept.append(silent)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))

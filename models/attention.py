@@ -10,6 +10,9 @@ the same one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -32,6 +35,21 @@ _BLOCKS = 4
 _LARGEST_BLOCK = 512
 _MOST_BLOCKS = 8
 _MASKED = -1e30
+
+_in_blocks: ContextVar[bool] = ContextVar("in_blocks", default=True)
+
+
+@contextmanager
+def without_blocks() -> Iterator[None]:
+    """Causal attention of all queries at once, as it is where positions are split over devices.
+
+    For traces of a model that know no mesh, and count what it computes on one that splits them.
+    """
+    token = _in_blocks.set(False)
+    try:
+        yield
+    finally:
+        _in_blocks.reset(token)
 
 
 class LayerCache(Protocol):
@@ -185,6 +203,7 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> 
     keys = keys.transpose(0, 2, 3, 1)  # [B, K, H, S]
     values = values.transpose(0, 2, 1, 3)  # [B, K, S, H]
     block = min(max(_SMALLEST_BLOCK, -(-length // _BLOCKS)), max(_LARGEST_BLOCK, -(-length // _MOST_BLOCKS)))
+    block = block if _in_blocks.get() else length
     blocks = []
     for start in range(0, length, block):
         stop = min(start + block, length)
@@ -234,4 +253,5 @@ __all__ = [
     "LayerCache",
     "causal_attention",
     "segment_attention",
+    "without_blocks",
 ]

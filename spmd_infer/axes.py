@@ -143,6 +143,10 @@ class AxisRules:
         rules = self.of_activations
         return lcm(*(prod(mesh_shape.get(axis, 1) for axis in rules.mesh_axes(name)) for name in (BATCH, ATTN_BATCH)))
 
+    def splits_positions(self, mesh_shape: Mapping[str, int]) -> bool:
+        """Whether the positions of a row lie on several devices."""
+        return any(mesh_shape.get(axis, 1) > 1 for axis in self.of_activations.mesh_axes(SEQ))
+
     def leaves_weights_whole(self, mesh_shape: Mapping[str, int]) -> bool:
         """Whether no rule splits a weight on a mesh: each of its axes of more than one device splits rows alone."""
         rows = (BATCH, ATTN_BATCH, SEQ, WIDTH)

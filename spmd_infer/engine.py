@@ -206,7 +206,7 @@ class Engine(TaskVerbs):
         if self._opened is not None and self._opened.weight_format is not None:
             raise CheckpointError(
                 f"these weights were made {self._opened.weight_format} while they were read, and are not saved so; "
-                "save them from an engine without quantize, or use spmd-infer convert --quantize"
+                "save them from an engine without quantize, or use spmd-infer convert --quantise"
             )
         model = entry_of(self.family, self.config, self.reader) if self.family and self.config else None
         own = unstacked(self._placement.model, self.params)

@@ -155,7 +155,9 @@ def _compiled(jitted: Any, args: tuple[Any, ...], name: str, mesh: Mesh) -> jax.
     if mesh.is_multi_process:
         from spmd_infer.multihost.compiling import compile_together
 
-        return compile_together(lowered, name, lowered.in_avals, mesh.devices.flat[0].platform)
+        given = [(result.shape, result.dtype) for result in jax.tree.leaves(lowered.out_info)]
+        sizes = (lowered.in_avals, given, dict(mesh.shape))
+        return compile_together(lowered, name, sizes, mesh.devices.flat[0].platform)
     if jax.process_count() > 1:
         from spmd_infer.multihost.compiling import compile_apart
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy.optimize import nnls
 
 from spmd_infer.bench.timing import median_seconds
+from spmd_infer.scratch import keep_scratch
 
 KINDS = ("all-reduce", "all-gather")
 _SHORT, _LONG = 2, 10  # collectives in a row; the difference leaves out what a call costs
@@ -79,6 +80,8 @@ def measure_collectives(seconds: float = 0.3, sizes: Sequence[int] | None = None
         sizes: bytes of the results; default 4 kB to 8 MB on CPU, to 512 MB elsewhere.
     """
     devices = jax.devices()
+    if devices[0].platform == "cpu":
+        keep_scratch()  # as programs of an engine have it
     if sizes is None:
         sizes = SIZES if devices[0].platform == "cpu" else LARGE_SIZES
     groups = [group for group in range(2, len(devices) + 1) if len(devices) % group == 0]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spmd_infer.bench.timing import median_seconds
+from spmd_infer.scratch import keep_scratch
 
 _ACCUMULATED = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}
 """What products of each dtype are summed in: what models here ask for, and what XLA is fast at."""
@@ -57,6 +58,8 @@ def measure_device(seconds: float = 0.4) -> DeviceFigures:
     """
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
+    if on_cpu:
+        keep_scratch()  # as programs of an engine have it
     mesh = Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, width = (512, 2048) if on_cpu else (8192, 8192)
     per_device = (256 << 20) // len(devices) if on_cpu else 4 << 30

@@ -61,7 +61,7 @@ def compile_together(lowered: jax.stages.Lowered, name: str, shapes: Any, platfo
     Args:
         lowered: the program.
         name: what it computes.
-        shapes: what it takes, as text the same on all ranks.
+        shapes: what it takes and gives on what mesh, as text the same on all ranks.
         platform: of its devices.
 
     Raises:

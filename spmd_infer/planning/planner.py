@@ -227,7 +227,8 @@ class Planner:
     def _cost(self, mesh: MeshSpec, assigned: Rules, rules: AxisRules, phase: Phase, rows: int) -> MeshCost:
         key = (self._laid(mesh, assigned, rows), id(rules), phase.name, rows)
         if key not in self._costs:
-            work, (layouts, _) = self._traces.work(phase, rows), self.weights(mesh, assigned, rows)
+            work = self._traces.work(phase, rows, split_positions=rules.splits_positions(mesh.shape))
+            layouts, _ = self.weights(mesh, assigned, rows)
             cost, cluster = cost_of(mesh, rules, layouts, work, self._part(mesh)), self._part(mesh)
             self._costs[key] = self._traces.with_experts(cost, phase, rows, mesh, rules, cluster)
         return self._costs[key]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spmd_infer.axes import AxisRules
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.models.attention import without_blocks
 from spmd_infer.models.phases import Phase
 from spmd_infer.planning.cost import MeshCost, is_cache
 from spmd_infer.planning.experts import SeenExperts, with_experts, without_experts
@@ -46,17 +48,24 @@ class Traces:
     def __init__(self, model: ModelFunction, workload: Workload, shallow: Shallow | None) -> None:
         self._model, self._workload, self._shallow = model, workload, shallow
         self._called, self._experts = (model, SeenExperts([])) if shallow is not None else without_experts(model)
-        self._works: dict[tuple[str, int], Work | None] = {}
+        self._works: dict[tuple[str, int, bool], Work | None] = {}
         self._blocks: dict[tuple[str, int], list[ExpertWork]] = {}
         self._outside: dict[tuple[str, int], tuple[Work, int] | None] = {}
         self.failed = ""
 
-    def work(self, phase: Phase, rows: int) -> Work | None:
-        """What one step computes; None where the model cannot be traced."""
-        key = (phase.name, rows)
+    def work(self, phase: Phase, rows: int, *, split_positions: bool = False) -> Work | None:
+        """What one step computes; None where the model cannot be traced.
+
+        Args:
+            phase: the kind of step.
+            rows: rows of its batch.
+            split_positions: whether positions lie on several devices, where models attend in another way.
+        """
+        key = (phase.name, rows, split_positions)
         if key not in self._works and not self.failed:
             try:
-                self._works[key] = self._read(phase, rows)
+                with without_blocks() if split_positions else nullcontext():
+                    self._works[key] = self._read(phase, rows)
             except Exception as error:  # the model's own code may refuse sizes that only its caller knows
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 self.failed = (

@@ -29,7 +29,8 @@ def read_work(model: ModelFunction, batch: Any, batch_axes: Sequence[Labels]) ->
     """
     abstract = {path: jax.ShapeDtypeStruct(p.shape, p.dtype) for path, p in model.params.items()}
     with recorded_constraints():
-        closed = jax.make_jaxpr(model)(abstract, batch)
+        # A function of its own, as JAX would find an earlier trace of the model made under other circumstances.
+        closed = jax.make_jaxpr(lambda *values: model(*values))(abstract, batch)
     paths = sorted(abstract)  # the order in which JAX flattens a dict
     labels: list[Labels] = [
         model.axes.get(path) or tuple(weight_label(path, d) for d in range(len(abstract[path].shape))) for path in paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 from spmd_infer.axes import LAYERS, AxisRules
 from spmd_infer.functional import ModelFunction
 from spmd_infer.mesh import MeshSpec
+from spmd_infer.models.attention import without_blocks
 from spmd_infer.models.phases import Phase
 from spmd_infer.planning.cost import MeshCost, cost_of
 from spmd_infer.planning.estimates import Pipeline
@@ -74,7 +76,8 @@ def foreseen(
             called, batch, inputs, layouts, MeshCost(cost.memory, cost.time, cost.collectives), cost.pipeline
         )
     batch, axes = workload.batch(phase.inputs, rows)
-    work_read = read_work(called, batch, axes)
+    with without_blocks() if rules.splits_positions(spec.shape) else nullcontext():
+        work_read = read_work(called, batch, axes)
     return Foreseen(called, batch, work_read.inputs, layouts, cost_of(spec, rules, layouts, work_read, cluster))
 
 

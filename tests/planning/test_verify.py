@@ -52,6 +52,29 @@ def test_programs_of_a_decoder_are_as_planned(layout: str, phase: Phase, mesh_te
     assert PhaseReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
+@pytest.mark.parametrize("layout", ["1d", "ring"])
+def test_long_rows_whose_positions_are_split_are_as_planned(layout: str) -> None:
+    """Unsplit, attention takes such rows in blocks of queries."""
+    config = replace(CONFIG, context_len=512)
+    model = model_function(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
+    prefill = next(phase for phase in decoder_phases(config, 384, 8, np.float32) if phase.name == "prefill")
+    rules = LAYOUTS[layout].with_units(config.axis_units())
+    report = verify_phase(
+        model, prefill, MeshSpec.parse("data=2,seq=4"), rules, Workload(rows=4, sizes={"seq": 384}), parse_cluster("8")
+    )
+    assert all(line.explained for line in report.traffic), report
+    assert report.memory[1] == pytest.approx(report.memory[0], rel=0.1), report
+
+
+def test_devices_share_the_work_on_long_rows() -> None:
+    ring = plan("smollm2-135m", devices="4xH100", mesh="data=1,seq=4", rules=LAYOUTS["ring"], length=2048)
+    alone = plan("smollm2-135m", devices="1xH100", mesh="data=1", length=2048)
+    split, whole = (each.chosen.phases[0] for each in (ring, alone))
+    assert "collective-permute over seq" in split.collectives
+    # In blocks of queries three eighths of attention's arithmetic are left out, which a ring does not do.
+    assert 2.5 < whole.time.compute / split.time.compute <= 4
+
+
 STAGES = ("stage=2,data=2", "stage=2,model=2", "stage=4,model=2")
 
 
