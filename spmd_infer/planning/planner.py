@@ -128,10 +128,9 @@ class Planner:
         parts = rules.row_parts(mesh.shape)
         padded = -(-rows // parts) * parts
         weights, cluster = weight_layouts(model, rules, mesh.shape), self._part(mesh)
-        costs = [
-            fastest_cut(mesh, rules, model, weights, self._traces.staged(phase, padded), padded, cluster)
-            for phase in self._phases
-        ] or [fastest_cut(mesh, rules, model, weights, None, padded, cluster)]
+        split = rules.splits_positions(mesh.shape)
+        works = [self._traces.staged(phase, padded, split_positions=split) for phase in self._phases] or [None]
+        costs = [fastest_cut(mesh, rules, model, weights, work, padded, cluster) for work in works]
         memory = Memory(
             weights=costs[0].memory.weights,
             cache=max(cost.memory.cache for cost in costs),

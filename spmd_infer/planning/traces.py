@@ -74,9 +74,9 @@ class Traces:
                 )
         return self._works.get(key)
 
-    def staged(self, phase: Phase, rows: int) -> StagedWork | None:
+    def staged(self, phase: Phase, rows: int, *, split_positions: bool = False) -> StagedWork | None:
         """The same in parts, for layers spread over stages; None where the model cannot be traced without any layer."""
-        whole = self.work(phase, rows)
+        whole = self.work(phase, rows, split_positions=split_positions)
         outside = self._without_layers(phase, rows) if whole is not None else None
         return StagedWork(whole, *outside) if whole is not None and outside is not None else None
 

@@ -67,7 +67,8 @@ def foreseen(
     layouts = weight_layouts(called, rules, spec.shape)
     if isinstance(model, PipelinedFunction):
         batch, axes = workload.batch(_stacked(phase.inputs, model), rows)
-        work = Traces(model.base, workload, None).staged(phase, rows)
+        split = rules.splits_positions(spec.shape)
+        work = Traces(model.base, workload, None).staged(phase, rows, split_positions=split)
         cost = staged_cost(spec, rules, model, layouts, work, rows, cluster)
         inputs = [
             Value(leaf.shape, leaf.dtype, labels) for leaf, labels in zip(jax.tree.leaves(batch), axes, strict=True)
