@@ -128,8 +128,9 @@ def main() -> None:
         tokens += [len(each.token_ids) for each in done]
         print(f"{len(tokens) - len(wrong)} of {len(tokens)} fit", flush=True)
     seconds = time.perf_counter() - begin
-    print(f"{sum(tokens)} tokens, {seconds:.0f} s with compiling; load {os.getloadavg()[0]:.1f}")
-    print(f"tokens of a text: median {np.median(tokens):.0f}, most {max(tokens)}")
+    if tokens:
+        print(f"{sum(tokens)} tokens, {seconds:.0f} s with compiling; load {os.getloadavg()[0]:.1f}")
+        print(f"tokens of a text: median {np.median(tokens):.0f}, most {max(tokens)}")
     print(*wrong[:5], sep="\n")
     results = []
     if options.costs:

@@ -24,10 +24,12 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
     """The communication that a product needs.
 
     A summed dimension that is split leaves partial sums: an all-reduce of the result. A mesh axis that already splits
-    the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other; keys and
-    values that are split like the queries go around a ring instead. An operand that is split where the other one is
-    whole is gathered.
+    the result's rows cannot split the weight too: the weight is gathered first, one mesh axis after the other, its last
+    dimension first; keys and values that are split like the queries go around a ring instead, whichever side of the
+    product they are on. An operand that is split where the other one is whole is gathered.
     """
+    if _goes_around(product.turned, splits):
+        product = product.turned
     left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
     reduced: list[str] = []
     gathered: list[str] = []
@@ -48,7 +50,9 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
         if size * splits.parts([*gathered, *shared]) > found:
             yield from _of_split_lookup(product, splits, rows, shared, tuple(dict.fromkeys(gathered)), found)
             return
-    for axis in dict.fromkeys([*gathered, *sorted(shared)]):
+    last_first = [axis for axes in reversed(right) for axis in axes]
+    order = sorted({*gathered, *shared}, key=last_first.index) if product.right.weight else [*gathered, *sorted(shared)]
+    for axis in dict.fromkeys(order):
         if product.right.weight or product.lookup:
             size *= splits.parts([axis])
             yield Message("all-gather", (axis,), size, product.times, weight=product.right.weight)
@@ -61,6 +65,15 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
     summed = tuple(axis for axis in dict.fromkeys(reduced) if axis not in out)
     if summed:
         yield Message("all-reduce", summed, splits.device_bytes(product.out), product.times)
+
+
+def _goes_around(product: Product, splits: Splits) -> bool:
+    """Whether the right operand is split, along what is summed, over an axis that splits rows of the left one too."""
+    if product.lookup or product.left.weight or product.right.weight:
+        return False
+    left, right = splits.of(product.left), splits.of(product.right)
+    rows = {axis for position, axes in enumerate(left) for axis in axes if position not in product.summed_left}
+    return any(axis in rows for _, summed in product.summed_dimensions for axis in right[summed])
 
 
 def _of_split_lookup(

@@ -6,7 +6,7 @@ its own for weights without axes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spmd_infer.axes import Reaches
@@ -68,6 +68,20 @@ class Product:
     def summed_left(self) -> set[int | None]:
         """Dimensions of the left operand that are summed over."""
         return {left for left, _ in self.summed_dimensions}
+
+    @property
+    def turned(self) -> Product:
+        """The same product of two operands with their sides exchanged; a look-up has none to exchange."""
+        if self.lookup:
+            return self
+        return replace(
+            self,
+            left=self.right,
+            right=self.left,
+            summed_dimensions=tuple((right, left) for left, right in self.summed_dimensions if left is not None),
+            batch_left=self.batch_right,
+            batch_right=self.batch_left,
+        )
 
 
 @dataclass(frozen=True)

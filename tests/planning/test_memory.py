@@ -1,4 +1,4 @@
-"""Memory that is planned, against what XLA assigns, for models of the sizes that users run.
+"""Memory and communication that are planned, against what XLA does, for models of the sizes that users run.
 
 ``python benchmarks/memory.py`` prints all cases; docs/layouts.md has the table.
 """
@@ -27,3 +27,4 @@ def test_memory_of_models_that_users_run(case: Case) -> None:
     assert found == pytest.approx(planned, rel=MEMORY_TOLERANCE), report
     # Weights, cache, inputs and results are known but for a few scalars.
     assert report.held[1] == pytest.approx(report.held[0], rel=1e-3, abs=4096)
+    assert all(line.explained for line in report.traffic), [line for line in report.traffic if not line.explained]
