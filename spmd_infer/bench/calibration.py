@@ -87,7 +87,10 @@ _SIMULATED_LINKS = ("links_gb_s", "latency_us", "hop_us")
 
 def _rates(figures: DeviceFigures, bandwidth: float) -> dict[str, float]:
     columns = {"float32": "f32", "bfloat16": "bf16", "int8": "int8"}
-    return {columns[k]: v / 1e12 for k, v in figures.flops.items()} | {"memory_tb_s": bandwidth / 1e12}
+    row = {columns[k]: v / 1e12 for k, v in figures.flops.items()} | {"memory_tb_s": bandwidth / 1e12}
+    return row | (
+        {"expert_efficiency": min(1.0, figures.experts / figures.flops["float32"])} if figures.experts else {}
+    )
 
 
 def _links(links: Links) -> dict[str, float]:
@@ -128,6 +131,7 @@ def _in_process(count: int, module: str, function: str, seconds: float) -> Any:
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_TRACEBACK_FILTERING": "off",  # a failure's last line is then its message
         "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={count}"]),
     }
     program = _PROGRAM.format(module=module, function=function, seconds=seconds)

@@ -73,11 +73,14 @@ def _device(counts: Sequence[int], save: bool, as_json: bool) -> None:
     if as_json:
         print_json({"devices": [f.as_dict() for f in found], "saved": saved and {"entry": saved[0], "file": saved[1]}})
         return
-    rows = [("devices", *(f"{name} T/s" for name in found[0].flops), "read GB/s", "copy GB/s", "a call us")]
+    rows = [
+        ("devices", *(f"{name} T/s" for name in found[0].flops), "experts T/s", "read GB/s", "copy GB/s", "a call us")
+    ]
     rows += [
         (
             f"{f.count} {f.kind}",
             *(f"{rate / 1e12:.3g}" for rate in f.flops.values()),
+            f"{f.experts / 1e12:.3g}" if f.experts else "-",
             f"{f.read / 1e9:.3g}",
             f"{f.copy / 1e9:.3g}",
             f"{f.call * 1e6:.3g}",

@@ -34,6 +34,7 @@ class Rates:
         link: bytes/s that one device sends while all groups of a collective talk at once.
         latency: start-up time of a collective, s.
         hop: what each device that takes part adds to it, s.
+        expert_efficiency: as in ``Device``.
     """
 
     flops: Mapping[str, float]
@@ -41,6 +42,7 @@ class Rates:
     link: float
     latency: float
     hop: float
+    expert_efficiency: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Device:
         hop: what each device that takes part adds to it, s.
         shared: whether all devices of a host are simulated on one machine and share all of the above.
         matmul_efficiency: the part of ``flops`` that large matrix products reach.
+        expert_efficiency: the part of what large products reach that those within blocks of experts do. On a CPU that
+            is what brings their rows together too.
         bandwidth_efficiency: the part of ``bandwidth`` that large reads reach.
         link_efficiency: the part of ``link`` and ``network`` that large collectives reach.
         half_size_bytes: a collective of this size reaches half of that.
@@ -80,6 +84,7 @@ class Device:
     hop: float
     shared: bool
     matmul_efficiency: float = 1.0
+    expert_efficiency: float = 1.0
     bandwidth_efficiency: float = 1.0
     link_efficiency: float = 1.0
     half_size_bytes: float = 0.0
@@ -137,6 +142,7 @@ class Device:
             link=rates.link,
             latency=rates.latency,
             hop=rates.hop,
+            expert_efficiency=rates.expert_efficiency,
         )
 
 
@@ -191,6 +197,7 @@ def _device(name: str, row: Row) -> Device:
         hop=row["hop_us"] * 1e-6,
         shared=bool(row.get("shared", False)),
         matmul_efficiency=row["matmul_efficiency"],
+        expert_efficiency=row["expert_efficiency"],
         bandwidth_efficiency=row["memory_efficiency"],
         link_efficiency=row["link_efficiency"],
         half_size_bytes=row["half_size_mb"] * 1e6,
@@ -206,7 +213,8 @@ def _device(name: str, row: Row) -> Device:
 
 def _rates(row: Row) -> Rates:
     latency, hop = row["latency_us"] * 1e-6, row["hop_us"] * 1e-6
-    return Rates(_flops(row), row["memory_tb_s"] * 1e12, row["links_gb_s"] * 1e9, latency, hop)
+    links = row["links_gb_s"] * 1e9
+    return Rates(_flops(row), row["memory_tb_s"] * 1e12, links, latency, hop, row["expert_efficiency"])
 
 
 def _flops(row: Mapping[str, Any]) -> dict[str, float]:

@@ -37,6 +37,7 @@ _RATES = {
     "links_gb_s": _Column("GB/s, one direction"),
     "latency_us": _Column("microseconds", positive=False),
     "hop_us": _Column("microseconds a device", positive=False),
+    "expert_efficiency": _Column("a part of 1", default=1.0, most=1.0),
 }
 _NUMBERS = _RATES | {
     "memory_gb": _Column("GB"),

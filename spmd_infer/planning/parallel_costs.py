@@ -181,10 +181,12 @@ def expert_cost(mesh: MeshSpec, rules: AxisRules, work: ExpertWork, cluster: Clu
     used = work.num_experts * (1 - (1 - work.experts_per_token / work.num_experts) ** group)
     weights = 3 * matrix * work.itemsize * used / of_experts / of_hidden
     # Rows in and out of the experts, their hidden width, and the sums by token; the latter begin as zeros everywhere.
+    # On a CPU the former stay in its caches, and what they take is part of the products' rate.
     active = chosen * imbalance / of_experts * (work.itemsize * work.embed_dim + 3 * 4 * work.embed_dim)
     active += chosen * imbalance / of_experts * 4 * 3 * work.mlp_dim / of_hidden
+    active = 0 if device.shared else active
     sums = 2 * group * 4 * work.embed_dim
-    rate = device.peak(dtype) * device.matmul_efficiency / share
+    rate = device.peak(dtype) * device.matmul_efficiency * device.expert_efficiency / share
     return StepTime(
         compute=flops / rate,
         memory=(weights + active + sums) / _bandwidth(cluster),

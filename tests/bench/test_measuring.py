@@ -73,6 +73,7 @@ def test_devices_of_this_process_are_measured() -> None:
     # A core does between one and a thousand billion multiply-adds a second, and reads 0.1 to 1000 GB/s.
     for rate in figures.flops.values():
         assert 1e9 < rate < 1e12 * cores() * 4
+    assert 0.01 < figures.experts / figures.flops["float32"] < 2
     assert 1e8 < figures.read < 1e12
     assert 1e-6 < figures.call < 1.0
 
@@ -83,7 +84,10 @@ def test_devices_of_this_process_are_measured() -> None:
 
 def figures(count: int, f32: float, platform: str = "cpu", kind: str = "cpu") -> DeviceFigures:
     rates = {"float32": f32 * 1e12, "bfloat16": 2e12, "int8": 4e12}
-    return DeviceFigures(platform, kind, count, rates, read=1e10 * count, copy=2e10, call=1e-5, memory_bytes=int(80e9))
+    experts = 0.6e12 * f32 if platform == "cpu" else 0.0
+    return DeviceFigures(
+        platform, kind, count, rates, experts, read=1e10 * count, copy=2e10, call=1e-5, memory_bytes=int(80e9)
+    )
 
 
 def test_what_was_saved_is_planned_with(own_table: Path) -> None:
@@ -94,6 +98,7 @@ def test_what_was_saved_is_planned_with(own_table: Path) -> None:
     device = parse_cluster("4").device
     assert device.name == name
     assert device.flops["float32"] == pytest.approx(0.3e12)
+    assert device.expert_efficiency == pytest.approx(0.6)
     assert device.bandwidth == pytest.approx(4e10)
     assert device.link == pytest.approx(3e9, rel=1e-3)
     assert device.hop == pytest.approx(2e-6, rel=1e-2)
@@ -106,7 +111,7 @@ def test_accelerators_keep_what_was_not_measured() -> None:
     assert save_device([figures(2, 0.8, "gpu", "NVIDIA H100 80GB HBM3")])[0] == "h100"
     device = parse_cluster("8xH100").device
     assert device.flops["float32"] == pytest.approx(0.4e12)
-    assert device.matmul_efficiency == device.bandwidth_efficiency == 1.0
+    assert device.matmul_efficiency == device.bandwidth_efficiency == device.expert_efficiency == 1.0
     assert device.bandwidth == pytest.approx(1e10)  # the copy, of one of two
     assert device.link == 450e9
     assert save_device([figures(1, 0.8, "gpu", "Abacus 3000")])[0] == "abacus-3000"

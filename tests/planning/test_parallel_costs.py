@@ -129,6 +129,22 @@ def test_arithmetic_of_experts_by_hand() -> None:
     assert found.collectives == message_time(expert_messages(mesh, SPLIT, WORK), mesh, H100)
 
 
+def test_blocks_of_experts_reach_a_part_of_what_large_products_do() -> None:
+    mesh, simulated = MeshSpec.of(data=1, expert=8), parse_cluster("8")
+    rates = simulated.device.simulated
+    halved = replace(
+        simulated,
+        device=replace(
+            simulated.device,
+            expert_efficiency=simulated.device.expert_efficiency / 2,
+            simulated={n: replace(each, expert_efficiency=each.expert_efficiency / 2) for n, each in rates.items()},
+        ),
+    )
+    slow, usual = (expert_cost(mesh, SPLIT, WORK, cluster, "float32") for cluster in (halved, simulated))
+    assert slow.compute == pytest.approx(2 * usual.compute)
+    assert (slow.memory, slow.collectives) == (usual.memory, usual.collectives)
+
+
 @given(imbalance=st.floats(1, 8))
 def test_the_busiest_device_sets_the_time_unless_the_machine_is_shared(imbalance: float) -> None:
     mesh = MeshSpec.of(data=1, expert=8)
