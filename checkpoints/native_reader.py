@@ -61,6 +61,7 @@ class NativeReader:
         self.verify: Verify = verify
         self.manifest: Manifest = read_manifest(path)
         self._verified: set[tuple[int, int]] = set()
+        self._scratch = Scratch()  # for chunks of which only a part is wanted
         self._by_box: dict[str, Mapping[Box, Chunk]] = {}
         self._files = list(self._open_files())
         model = self.manifest.model
@@ -161,7 +162,7 @@ class NativeReader:
                 else:
                     self._files[chunk.file].fill(raw, chunk.offset)
             elif unchecked:
-                raw = self._verified_bytes(name, chunk, aligned_empty((chunk.nbytes,), np.uint8))
+                raw = self._verified_bytes(name, chunk, self._scratch.take((chunk.nbytes,), np.uint8))
                 piece = raw.view(dtype).reshape(box_shape(chunk.box))
                 np.copyto(target, part(piece, relative(shared, chunk.box)))
             else:
