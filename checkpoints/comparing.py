@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from spmd_infer.checkpoints.boxes import as_slices, pieces, whole
-from spmd_infer.checkpoints.reader import Reader, TensorInfo
+from spmd_infer.checkpoints.boxes import Box, as_slices, box_shape, elements, part, pieces, relative, whole
+from spmd_infer.checkpoints.digests import flat_bytes
+from spmd_infer.checkpoints.file_bytes import Scratch
+from spmd_infer.checkpoints.manifest import CHUNK_BYTES
+from spmd_infer.checkpoints.pipeline import Pipeline
+from spmd_infer.checkpoints.reader import Reader, TensorInfo, read_into, takes_whole
+
+BUDGET_BYTES = 256 << 20
+"""How many bytes of both checkpoints may be under way."""
+
+_WORDS = 1 << 17
+"""Of pieces that may be the same, how many words of eight bytes are compared at once: they stay in a core's cache."""
 
 _BLOCK_BYTES = 8 << 20
+"""Of differing pieces, how many bytes are computed with at once, in float64."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +69,21 @@ def compare(a: Reader, b: Reader, *, advance: Callable[[int], None] = lambda cou
         advance: called with the bytes of each tensor of ``a`` when it has been compared.
     """
     found: list[TensorDifference] = []
-    for name, info in a.tensors.items():
-        other = b.tensors.get(name)
-        if other is None:
-            found.append(TensorDifference(name, "only in A", _looks(info)))
-        elif info.shape != other.shape:
-            found.append(TensorDifference(name, "shape", _looks(info), _looks(other)))
-        else:
-            difference = _values(a, b, info, other)
-            if difference is not None:
-                found.append(difference)
-        advance(info.nbytes)
+    memory = Scratch(), Scratch()
+    with Pipeline(BUDGET_BYTES, "checkpoint-compare") as line:
+        for name, info in a.tensors.items():
+            other = b.tensors.get(name)
+            if other is None:
+                line.then(partial(found.append, TensorDifference(name, "only in A", _looks(info))))
+            elif info.shape != other.shape:
+                line.then(partial(found.append, TensorDifference(name, "shape", _looks(info), _looks(other))))
+            else:
+                pair = _Pair(a, b, info, other, memory)
+                for box in pair.boxes:
+                    nbytes = elements(box) * (info.dtype.itemsize + other.dtype.itemsize)
+                    line.run(nbytes, partial(pair.look, box))
+                line.then(partial(pair.end, found))
+            line.then(partial(advance, info.nbytes))
     found.extend(
         TensorDifference(name, "only in B", "", _looks(info))
         for name, info in b.tensors.items()
@@ -76,38 +92,85 @@ def compare(a: Reader, b: Reader, *, advance: Callable[[int], None] = lambda cou
     return found
 
 
-def _values(a: Reader, b: Reader, info: TensorInfo, other: TensorInfo) -> TensorDifference | None:
-    differing, largest, squares, base = 0, 0.0, 0.0, 0.0
-    first: tuple[int, ...] | None = None
-    boxes = list(pieces(whole(info.shape), max(8, info.dtype.itemsize), _BLOCK_BYTES))
-    for box in boxes:
-        left, right = a.read(info.name, as_slices(box)), b.read(info.name, as_slices(box))
-        if info.dtype == other.dtype and left.tobytes() == right.tobytes():
-            continue
-        unequal = _unequal(left, right)
-        count = int(unequal.sum())
-        x, y = _wide(left), _wide(right)
-        if not count:
-            continue
-        if first is None:
-            place = np.unravel_index(int(np.argmax(unequal)), unequal.shape)
-            first = tuple(int(p) + start for p, (start, _) in zip(place, box, strict=True))
-        with np.errstate(invalid="ignore"):
-            gap = np.abs(x - y)
-        gap = np.where(np.isnan(gap) & unequal, np.inf, np.nan_to_num(gap, nan=0.0, posinf=np.inf))
-        differing, largest = differing + count, max(largest, float(gap.max()))
-        squares += float(np.square(gap).sum())
-    if differing:
-        for box in boxes:
-            x = _wide(a.read(info.name, as_slices(box)))
-            base += float(np.square(np.abs(x[np.isfinite(x)])).sum())
-        relative = float(np.sqrt(squares / base)) if base else float("inf")
-        return TensorDifference(
-            info.name, "values", _looks(info), _looks(other), differing, info.size, largest, relative, first or ()
-        )
-    if info.dtype != other.dtype:
-        return TensorDifference(info.name, "dtype", _looks(info), _looks(other), size=info.size)
-    return None
+@dataclass(frozen=True)
+class _Piece:
+    """What differs in a piece of a tensor: how many elements, the largest gap, the sum of its squares, where first."""
+
+    differing: int
+    largest: float
+    squares: float
+    first: tuple[int, ...]
+
+
+class _Pair:
+    """One tensor of both checkpoints, of which several threads look at a piece each.
+
+    Attributes:
+        boxes: the pieces.
+    """
+
+    def __init__(
+        self, a: Reader, b: Reader, info: TensorInfo, other: TensorInfo, memory: tuple[Scratch, Scratch]
+    ) -> None:
+        self._a, self._b, self._info, self._other, self._memory = a, b, info, other, memory
+        self._found: dict[Box, list[_Piece]] = {}
+        whole_only = takes_whole(a, info.name) or takes_whole(b, info.name)
+        wide = max(info.dtype.itemsize, other.dtype.itemsize)
+        self.boxes = [whole(info.shape)] if whole_only else list(pieces(whole(info.shape), wide, CHUNK_BYTES))
+
+    def look(self, box: Box) -> None:
+        """Compare one piece."""
+        shape = box_shape(box)
+        left, right = self._memory[0].take(shape, self._info.dtype), self._memory[1].take(shape, self._other.dtype)
+        read_into(self._a, self._info.name, box, left)
+        read_into(self._b, self._info.name, box, right)
+        if left.dtype == right.dtype and _same_bits(left, right):
+            return
+        parts = pieces(box, 8, _BLOCK_BYTES)
+        each = (_difference(part(left, relative(p, box)), part(right, relative(p, box)), p) for p in parts)
+        self._found[box] = [piece for piece in each if piece is not None]
+
+    def end(self, found: list[TensorDifference]) -> None:
+        """Note what all pieces amount to."""
+        info, looks = self._info, (_looks(self._info), _looks(self._other))
+        parts = [piece for box in self.boxes for piece in self._found.get(box, ())]
+        if parts:
+            base = 0.0
+            for box in self.boxes:
+                x = _wide(self._a.read(info.name, as_slices(box)))
+                base += float(np.square(np.abs(x[np.isfinite(x)])).sum())
+            differing, squares = sum(piece.differing for piece in parts), sum(piece.squares for piece in parts)
+            relative_size = float(np.sqrt(squares / base)) if base else float("inf")
+            largest = max(piece.largest for piece in parts)
+            found.append(
+                TensorDifference(
+                    info.name, "values", *looks, differing, info.size, largest, relative_size, parts[0].first
+                )
+            )
+        elif info.dtype != self._other.dtype:
+            found.append(TensorDifference(info.name, "dtype", *looks, size=info.size))
+
+
+def _same_bits(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> bool:
+    """Whether two C-ordered arrays are the same byte for byte, eight at a time as far as that goes."""
+    a, b = flat_bytes(left), flat_bytes(right)
+    eights = a.size // 8 * 8
+    words = (each[:eights].view(np.uint64) for each in (a, b))
+    blocks = zip(*(np.array_split(each, range(_WORDS, each.size, _WORDS)) for each in words), strict=True)
+    return np.array_equal(a[eights:], b[eights:]) and all(np.array_equal(x, y) for x, y in blocks)
+
+
+def _difference(left: npt.NDArray[Any], right: npt.NDArray[Any], box: Box) -> _Piece | None:
+    unequal = _unequal(left, right)
+    count = int(unequal.sum())
+    if not count:
+        return None
+    place = np.unravel_index(int(np.argmax(unequal)), unequal.shape)
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(_wide(left) - _wide(right))
+    gap = np.where(np.isnan(gap) & unequal, np.inf, np.nan_to_num(gap, nan=0.0, posinf=np.inf))
+    first = tuple(int(p) + start for p, (start, _) in zip(place, box, strict=True))
+    return _Piece(count, float(gap.max()), float(np.square(gap).sum()), first)
 
 
 def _unequal(left: npt.NDArray[Any], right: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
