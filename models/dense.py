@@ -184,10 +184,13 @@ def _int8_product(numbers: jax.Array, weight: jax.Array) -> jax.Array:
     Where weights are split the sums of their columns would be one more all-reduce: there bytes stay signed.
     """
     scope = current_scope()
-    if scope is not None and current_platform() == "cpu" and suits_unsigned(_rows(numbers), weight):
+    if scope is not None and current_platform() == "cpu":
         rules, mesh = scope
-        if rules.leaves_weights_whole(dict(mesh.shape)):
-            return signed_by_unsigned(numbers, weight)
+        together = mesh.size == 1
+        if suits_unsigned(_rows(numbers), weight, rows_together=together) and rules.leaves_weights_whole(
+            dict(mesh.shape)
+        ):
+            return signed_by_unsigned(numbers, weight, rows_together=together)
     return _product(numbers, weight, jnp.int32)
 
 
