@@ -186,10 +186,8 @@ def _int8_product(numbers: jax.Array, weight: jax.Array) -> jax.Array:
     scope = current_scope()
     if scope is not None and current_platform() == "cpu":
         rules, mesh = scope
-        together = mesh.size == 1
-        if suits_unsigned(_rows(numbers), weight, rows_together=together) and rules.leaves_weights_whole(
-            dict(mesh.shape)
-        ):
+        together, whole = mesh.size == 1, rules.leaves_weights_whole(dict(mesh.shape))
+        if whole and suits_unsigned(_rows(numbers), weight, rows_together=together):
             return signed_by_unsigned(numbers, weight, rows_together=together)
     return _product(numbers, weight, jnp.int32)
 
