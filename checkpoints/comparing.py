@@ -114,16 +114,19 @@ class _Pair:
     ) -> None:
         self._a, self._b, self._info, self._other, self._memory = a, b, info, other, memory
         self._found: dict[Box, list[_Piece]] = {}
-        whole_only = takes_whole(a, info.name) or takes_whole(b, info.name)
+        self._whole = takes_whole(a, info.name) or takes_whole(b, info.name)
         wide = max(info.dtype.itemsize, other.dtype.itemsize)
-        self.boxes = [whole(info.shape)] if whole_only else list(pieces(whole(info.shape), wide, CHUNK_BYTES))
+        self.boxes = [whole(info.shape)] if self._whole else list(pieces(whole(info.shape), wide, CHUNK_BYTES))
 
     def look(self, box: Box) -> None:
         """Compare one piece."""
-        shape = box_shape(box)
-        left, right = self._memory[0].take(shape, self._info.dtype), self._memory[1].take(shape, self._other.dtype)
-        read_into(self._a, self._info.name, box, left)
-        read_into(self._b, self._info.name, box, right)
+        if self._whole:  # memory that is used again would stay as large as the largest of them
+            left, right = (np.ascontiguousarray(reader.read(self._info.name)) for reader in (self._a, self._b))
+        else:
+            shape = box_shape(box)
+            left, right = self._memory[0].take(shape, self._info.dtype), self._memory[1].take(shape, self._other.dtype)
+            read_into(self._a, self._info.name, box, left)
+            read_into(self._b, self._info.name, box, right)
         if left.dtype == right.dtype and _same_bits(left, right):
             return
         parts = pieces(box, 8, _BLOCK_BYTES)
@@ -137,11 +140,13 @@ class _Pair:
         if parts:
             base = 0.0
             for box in self.boxes:
-                x = _wide(self._a.read(info.name, as_slices(box)))
-                base += float(np.square(np.abs(x[np.isfinite(x)])).sum())
-            differing, squares = sum(piece.differing for piece in parts), sum(piece.squares for piece in parts)
+                values = self._a.read(info.name, as_slices(box))
+                for piece in pieces(box, 8, _BLOCK_BYTES):
+                    x = _wide(part(values, relative(piece, box)))
+                    base += float(np.square(np.abs(x[np.isfinite(x)])).sum())
+            differing, squares = sum(each.differing for each in parts), sum(each.squares for each in parts)
             relative_size = float(np.sqrt(squares / base)) if base else float("inf")
-            largest = max(piece.largest for piece in parts)
+            largest = max(each.largest for each in parts)
             found.append(
                 TensorDifference(
                     info.name, "values", *looks, differing, info.size, largest, relative_size, parts[0].first

@@ -28,13 +28,14 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
     dimension first; keys and values that are split like the queries go around a ring instead, whichever side of the
     product they are on. An operand that is split where the other one is whole is gathered.
     """
-    if _goes_around(product.turned, splits):
-        product = product.turned
+    if not (product.lookup or product.left.weight or product.right.weight):
+        turned = product.turned
+        product = turned if _goes_around(turned, splits) else product
     left, right, out = splits.of(product.left), splits.of(product.right), splits.axes(product.out)
     reduced: list[str] = []
     gathered: list[str] = []
     fetched: list[str] = []
-    rows = {axis for position, axes in enumerate(left) for axis in axes if position not in product.summed_left}
+    rows = _axes_of_rows(product, splits)
     for a, b in product.summed_dimensions:
         ours = left[a] if a is not None else ()
         gathered += [axis for axis in right[b] if axis in rows]
@@ -69,11 +70,14 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
 
 def _goes_around(product: Product, splits: Splits) -> bool:
     """Whether the right operand is split, along what is summed, over an axis that splits rows of the left one too."""
-    if product.lookup or product.left.weight or product.right.weight:
-        return False
-    left, right = splits.of(product.left), splits.of(product.right)
-    rows = {axis for position, axes in enumerate(left) for axis in axes if position not in product.summed_left}
+    rows, right = _axes_of_rows(product, splits), splits.of(product.right)
     return any(axis in rows for _, summed in product.summed_dimensions for axis in right[summed])
+
+
+def _axes_of_rows(product: Product, splits: Splits) -> set[str]:
+    """The mesh axes of the left operand's dimensions that are not summed."""
+    summed = product.summed_left
+    return {axis for position, axes in enumerate(splits.of(product.left)) if position not in summed for axis in axes}
 
 
 def _of_split_lookup(
