@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +21,8 @@ def cast_problem(info: TensorInfo, wanted: np.dtype[Any], tensors: Mapping[str, 
     A float8 tensor with a tensor of scales beside it (``weight_scale``, ``weight_scale_inv``) may not be cast: its
     values mean nothing without them.
     """
+    import jax.numpy as jnp  # copies that cast nothing do without
+
     stored = info.dtype
     if stored == wanted:
         return None
@@ -43,6 +44,8 @@ def cast(values: npt.NDArray[Any], target: npt.NDArray[Any], name: str) -> None:
     Raises:
         CheckpointError: finite values do not fit the target's dtype.
     """
+    import jax.numpy as jnp
+
     if jnp.issubdtype(target.dtype, jnp.integer) and values.size and not np.can_cast(values.dtype, target.dtype):
         low, high, limits = int(values.min()), int(values.max()), np.iinfo(target.dtype)
         if low < limits.min or high > limits.max:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from spmd_infer.axes import MODEL, STAGE, AxisRules
+from spmd_infer.axes import MODEL, STAGE, AxisRules, axis_tuple
 from spmd_infer.checkpoints.boxes import Box, whole
 from spmd_infer.errors import MeshError
 from spmd_infer.mesh import MeshSpec
@@ -87,12 +87,10 @@ class MeshLayout:
     def _spec(self, shape: Sequence[int], itemsize: int, axes: Axes | None) -> list[tuple[str, ...]]:
         sizes = self.mesh.shape
         if axes is not None:
-            spec = list(self.rules.resolve(axes, shape, sizes).spec)
-            entries = [() if e is None else e if isinstance(e, tuple) else (e,) for e in spec]
-            entries = [tuple(axis for axis in entry if axis in sizes) for entry in entries]
-            return entries + [()] * (len(shape) - len(entries))
+            found, _ = self.rules.entries(axes, shape, sizes)
+            return [tuple(axis for axis in axis_tuple(entry) if axis in sizes) for entry in found]
         parts = sizes.get(MODEL, 1)
-        entries = [()] * len(shape)
+        entries: list[tuple[str, ...]] = [()] * len(shape)
         divisible = [d for d, size in enumerate(shape) if size and size % parts == 0]
         if parts > 1 and prod(shape) * itemsize >= _SMALL_BYTES and divisible:
             entries[max(divisible, key=lambda d: shape[d])] = (MODEL,)

@@ -101,12 +101,12 @@ class ArrayWriting:
             if same is None:
                 slow.update(block.data)
                 fast.update(block.data)
-            self._writer.write(place.file, place.offset + nbytes, block)
+            self._writer.write(place.file, place.offset + nbytes, block, self.name)
             nbytes += block.size
         sha256, blake3 = (same.sha256, same.blake3) if same else (slow.hexdigest(), fast.hexdigest())
         start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
         chunk = Chunk(place.file, place.offset, nbytes, start, stop, sha256, blake3)
-        self._writer.written(chunk, self.name)
+        self._writer.written(chunk)
         self._chunks[place.file, place.offset] = chunk
 
     def end(self) -> ArrayEntry:
@@ -126,7 +126,7 @@ class DataWriter:
         arrays: what a run before wrote, as ``ArrayWriting.end`` returned it; what lies behind it is cut off.
         part: which process this is, where several write into the folder, each into files of its own.
         file_bytes: a data file that has reached this size is followed by another.
-        read_back: read each chunk again once it is written, and compare; what has been compared leaves the page cache.
+        read_back: read each block again once it is written, and compare; chunks that are done leave the page cache.
         keep: leave it there nevertheless.
     """
 
@@ -198,22 +198,25 @@ class DataWriter:
                     places[band].append(_Place(piece, *self._reserve(host, elements(piece) * dtype.itemsize)))
         return ArrayWriting(self, name, ArrayEntry(shape, dtype.name, axes, ()), places)
 
-    def write(self, position: int, offset: int, raw: npt.NDArray[np.uint8]) -> None:
-        """Write bytes at a place that was taken."""
-        self._files.write(self._names[position], offset, raw)
-
-    def written(self, chunk: Chunk, name: str) -> None:
-        """All of a chunk is written: compare it, where that is wanted."""
+    def write(self, position: int, offset: int, raw: npt.NDArray[np.uint8], name: str) -> None:
+        """Write bytes of an array at a place that was taken; compared, where that is wanted."""
         if self._read_back:
-            self.check(chunk, name)
+            self._files.write_compared(self._names[position], offset, raw, name)
+        else:
+            self._files.write(self._names[position], offset, raw)
+
+    def written(self, chunk: Chunk) -> None:
+        """All of a chunk is written."""
+        if self._read_back:
+            self._files.let_go(self._names[chunk.file], chunk.offset, chunk.nbytes)
 
     def check(self, chunk: Chunk, name: str) -> None:
-        """Compare a chunk with what is in its file, which then leaves the page cache.
+        """Compare a chunk that a run before wrote with what is in its file, which then leaves the page cache.
 
         Raises:
             CheckpointError: it is not what it should be.
         """
-        self._files.settle(self._names[chunk.file], chunk.offset, chunk.nbytes, chunk.blake3, name)
+        self._files.check(self._names[chunk.file], chunk.offset, chunk.nbytes, chunk.blake3, name)
 
     def files(self) -> list[StoredFile]:
         """Size and digest of each data file, after closing them all."""

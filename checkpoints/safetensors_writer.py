@@ -79,11 +79,10 @@ class _Writing:
         for block in blocks:
             if not same:
                 digest.update(block.data)
-            self._files.write(self._shard.name, offset, block)
+            self._files.write_compared(self._shard.name, offset, block, self._info.name)
             offset += block.size
-        blake3 = same or digest.hexdigest()
-        self._files.settle(self._shard.name, begin, offset - begin, blake3, self._info.name)
-        self.digests[band] = blake3
+        self._files.let_go(self._shard.name, begin, offset - begin)
+        self.digests[band] = same or digest.hexdigest()
 
 
 class SafetensorsSink:
@@ -125,7 +124,7 @@ class SafetensorsSink:
     def _check(self, info: TensorInfo, band: Box, blake3: str) -> None:
         shard, nbytes = self._home[info.name], elements(band) * info.dtype.itemsize
         try:
-            self._files.settle(shard.name, shard.place(info, band), nbytes, blake3, info.name)
+            self._files.check(shard.name, shard.place(info, band), nbytes, blake3, info.name)
         except CheckpointError as error:
             raise damaged_before(error, self._work) from error
 

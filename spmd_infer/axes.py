@@ -79,18 +79,22 @@ DEFAULT_RULES: Mapping[str, MeshAxes] = {
 }
 
 
+Replicated = tuple[str, int, str, int]
+"""A dimension that a rule wanted split but whose size the mesh axis does not divide: ``(logical axis, size, mesh axis,
+mesh axis size)``; it stays whole."""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """The outcome of laying one tensor on a mesh.
 
     Attributes:
         spec: the partition spec.
-        replicated: ``(logical axis, size, mesh axis, mesh axis size)`` of each dimension that a rule wanted split but
-            whose size the mesh axis does not divide; those dimensions stay whole.
+        replicated: dimensions that stay whole though a rule would split them.
     """
 
     spec: PartitionSpec
-    replicated: tuple[tuple[str, int, str, int], ...] = ()
+    replicated: tuple[Replicated, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,11 +184,23 @@ class AxisRules:
         """
         from jax.sharding import PartitionSpec
 
+        entries, replicated = self.entries(axes, shape, mesh_shape)
+        while entries and entries[-1] is None:
+            entries.pop()
+        return Resolved(PartitionSpec(*entries), replicated)
+
+    def entries(
+        self, axes: Axes, shape: Sequence[int], mesh_shape: Mapping[str, int]
+    ) -> tuple[list[MeshAxes], tuple[Replicated, ...]]:
+        """What splits each dimension of a tensor, and what stays whole though a rule would split it; needs no JAX.
+
+        See ``resolve``.
+        """
         if len(axes) != len(shape):
             raise AxisError(f"axes {axes} name {len(axes)} dimensions, but the tensor has shape {tuple(shape)}")
-        entries: list[str | tuple[str, ...] | None] = []
+        entries: list[MeshAxes] = []
         owner: dict[str, str] = {}
-        replicated: list[tuple[str, int, str, int]] = []
+        replicated: list[Replicated] = []
         for logical, size in zip(axes, shape, strict=True):
             if logical is None:
                 entries.append(None)
@@ -204,9 +220,7 @@ class AxisRules:
                 for axis in wanted[len(split) :]:
                     del owner[axis]
             entries.append(None if not split else split[0] if len(split) == 1 else split)
-        while entries and entries[-1] is None:
-            entries.pop()
-        return Resolved(PartitionSpec(*entries), tuple(replicated))
+        return entries, tuple(replicated)
 
 
 def axis_tuple(axes: MeshAxes) -> tuple[str, ...]:

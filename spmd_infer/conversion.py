@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from spmd_infer.axes import AxisRules
@@ -27,12 +26,11 @@ from spmd_infer.checkpoints.safetensors_writer import store_hugging_face
 from spmd_infer.checkpoints.shares import Share
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.mesh import MeshSpec
-from spmd_infer.models.registry import sizes_of
-from spmd_infer.opening import OpenedModel, floating_dtype, match_model
 from spmd_infer.tensors import Axes
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # most native checkpoints say all that is needed themselves, and the models take a second to import
     from spmd_infer.models.registry import Family, ModelConfig
+    from spmd_infer.opening import OpenedModel
 
 Target = Literal["native", "huggingface"]
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -136,7 +134,8 @@ def prepare(
     if to == "huggingface" and (mesh is not None or wanted.quantisation is not None or wanted.qkv == "fuse"):
         raise CheckpointError("a Hugging Face folder holds whole, unquantised tensors under their usual names")
     source = split_qkv(reader) if wanted.qkv == "split" else reader
-    found = subject(source)
+    alone = to == "native" and wanted.qkv is None and wanted.lora is None and wanted.head is None
+    found = (stored_subject(source) if alone else None) or subject(source)
     if wanted.lora is not None:
         found = replace(found, reader=merge_lora(found.reader, wanted.lora, _adapter_names(found)))
     if wanted.head is not None:
@@ -146,6 +145,8 @@ def prepare(
         found = replace(found, reader=fuse_qkv(found.reader))
         axes = fused_axes(axes)
     if wanted.dtype is not None:
+        from spmd_infer.opening import floating_dtype
+
         found = replace(found, reader=with_dtype(found.reader, np.dtype(floating_dtype(wanted.dtype))))
     tensors: Reader = found.reader
     if to == "huggingface":
@@ -165,7 +166,7 @@ class Subject:
         reader: the tensors, under the model's parameter paths where its family is known.
         model: what the new checkpoint will say of the model.
         axes: logical axes of the tensors that have any.
-        opened: the model, where its family is known.
+        opened: the model, where its family is known and was asked for.
         note: why the family is not known; empty where it is.
     """
 
@@ -176,8 +177,18 @@ class Subject:
     note: str = ""
 
 
+def stored_subject(reader: Reader) -> Subject | None:
+    """A native checkpoint of a known family as what it says of itself, its model not built; None where it says less."""
+    stored = stored_model(reader)
+    if stored is None or stored.family is None or not stored.units:
+        return None
+    return Subject(reader, stored, stored_axes(reader), None)
+
+
 def subject(reader: Reader) -> Subject:
     """A checkpoint as the parameters of its model, or as it is where no family answers to it."""
+    from spmd_infer.opening import match_model
+
     try:
         opened = match_model(reader)
         shapes = {path: tuple(value.shape) for path, value in opened.model.params.items()}
@@ -189,6 +200,8 @@ def subject(reader: Reader) -> Subject:
 
 def entry_of(family: Family, config: ModelConfig, reader: Reader | None) -> ModelEntry:
     """What a native checkpoint says of a zoo model."""
+    from spmd_infer.models.registry import sizes_of
+
     known = dict(reader.config) if reader is not None else {}
     before = stored_model(reader) if reader is not None else None
     return ModelEntry(
@@ -249,6 +262,8 @@ def hugging_face_config(found: Subject) -> dict[str, Any]:
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:
+    import jax.numpy as jnp
+
     return dtype.name if jnp.issubdtype(dtype, jnp.floating) else "float32"
 
 

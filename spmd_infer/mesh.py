@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from spmd_infer.axes import MESH_AXES
 from spmd_infer.errors import MeshError
 from spmd_infer.multihost.job import current_job
+
+if TYPE_CHECKING:  # checkpoints are cut for meshes on machines without JAX's devices, and quickly
+    import jax
+    from jax.sharding import Mesh
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class MeshSpec:
             MeshError: there are fewer devices than the mesh has places, or so many more that a process would have none
                 of them in it.
         """
+        import jax
+        from jax.sharding import AxisType, Mesh
+
         found = list(devices if devices is not None else jax.devices())
         if len(found) < self.size:
             raise MeshError(
@@ -116,6 +122,8 @@ def auto_mesh(mesh: Mesh) -> Mesh:
     Raises:
         MeshError: an axis has a name that the rules do not know.
     """
+    from jax.sharding import AxisType, Mesh
+
     spec_of(mesh)
     if all(kind == AxisType.Auto for kind in mesh.axis_types):
         return mesh

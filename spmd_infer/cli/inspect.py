@@ -112,17 +112,18 @@ def _layout(reader: Reader, mesh: str | None, hosts: int) -> tuple[dict[str, Any
         return axes, None
     from spmd_infer.axes import AxisRules
     from spmd_infer.checkpoints.mesh_boxes import MeshLayout, layers_of
-    from spmd_infer.conversion import subject
+    from spmd_infer.conversion import stored_subject, subject
     from spmd_infer.mesh import MeshSpec
 
-    found = subject(reader)
+    said = stored_subject(reader)
+    found = said or subject(reader)
     if found.opened is not None:
         # The model's axes under the names that the tensors have here, where their dimensions are the same.
         for path, source in found.opened.table.items():
             named = found.axes.get(path)
             if named is not None and source.transpose is None and source.name in reader.tensors:
                 axes[source.name] = named
-    else:
+    elif said is None:
         note(f"tensors are split by their shapes alone: {found.note}")
     rules = AxisRules().with_units(found.model.units)
     return axes, MeshLayout(MeshSpec.parse(mesh), hosts, rules, layers_of(reader.tensors))

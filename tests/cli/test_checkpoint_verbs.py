@@ -179,11 +179,30 @@ def test_a_70b_checkpoint_is_inspected_within_two_seconds(tmp_path: Path) -> Non
     assert planned["peak_memory_bytes"] <= planned["largest_tensor_bytes"] + (512 << 20)
 
 
-def test_nothing_of_jax_is_needed_to_look(own: Path) -> None:
+def without_jax(*arguments: str | Path) -> None:
     program = (
-        "import sys; from spmd_infer.cli import main; sys.argv = ['x', 'inspect', sys.argv[1]]\n"
+        "import sys; from spmd_infer.cli import main; sys.argv[0] = 'spmd-infer'\n"
         "try: main()\n"
-        "except SystemExit: pass\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
         "sys.exit('jax' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", program, str(own)], capture_output=True).returncode == 0
+    ended = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr or "jax was imported"
+
+
+def test_nothing_of_jax_is_needed_to_look(own: Path) -> None:
+    without_jax("inspect", own)
+
+
+def test_nothing_of_jax_is_needed_for_a_native_checkpoint(minilm: Path, tmp_path: Path) -> None:
+    """It says itself how its tensors may be split; its model is not built to find that out again."""
+    by_model, by_itself = tmp_path / "first", tmp_path / "second"
+    run("reshard", minilm, by_model, "--mesh", "data=2,model=4", "--hosts", "2")
+    without_jax("inspect", by_model, "--mesh", "data=1,model=2")
+    without_jax("reshard", by_model, tmp_path / "between", "--mesh", "data=8,model=1", "--hosts", "8")
+    without_jax("reshard", tmp_path / "between", by_itself, "--mesh", "data=2,model=4", "--hosts", "2")
+    without_jax("verify", by_itself)
+    without_jax("diff", by_model, by_itself)
+    first, second = (json.loads((path / "manifest.json").read_text()) for path in (by_model, by_itself))
+    for key in ("arrays", "data", "model"):
+        assert first[key] == second[key]
