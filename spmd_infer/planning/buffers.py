@@ -10,7 +10,7 @@ a scheduler that minimises memory roughly keeps.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spmd_infer.planning.flow import Flow, Op
@@ -145,7 +145,6 @@ class _Assignment:
         last |= dict.fromkeys(self._results, end)
         slots: dict[int, Slot] = {}
         made: list[Slot] = []
-        gathers: dict[int, Slot] = {}
         pending: dict[int, tuple[str, ...]] = {}
 
         def sum_up(values: Sequence[int], now: int) -> None:
@@ -161,10 +160,6 @@ class _Assignment:
                 sum_up([value for value, over in pending.items() if over == axes], now)
             if effect.fetched:
                 made.append(Slot(effect.fetched, now, now))
-            if effect.weight:
-                key, start = (op.inputs[-1], 0) if self.early_gathers else (-1 - place, now - 1)
-                known = gathers.setdefault(key, Slot(0, start, now))
-                known.size, known.end = max(known.size, effect.weight), now
             for value in op.outputs:
                 if value not in self._stored:
                     continue
@@ -177,7 +172,19 @@ class _Assignment:
                 if effect.reduced:
                     pending[value] = effect.reduced
         sum_up(list(pending), end)
-        return [*made, *gathers.values()], [slots[value] for value in self._results if value in slots]
+        return [*made, *self._gathered_weights(reads)], [slots[value] for value in self._results if value in slots]
+
+    def _gathered_weights(self, running: Container[int]) -> Iterable[Slot]:
+        """The memory of weights that are gathered, until the last operation that runs with them."""
+        gathers: dict[int, Slot] = {}
+        for place, (op, effect) in enumerate(zip(self.flow.ops, self._effects, strict=True)):
+            if not effect.weight:
+                continue
+            for runs in [place] if place in running else sorted(self._into.get(op.outputs[0], ())):
+                key, start = (op.inputs[-1], 0) if self.early_gathers else (-1 - runs, 2 * runs - 1)
+                known = gathers.setdefault(key, Slot(0, start, 2 * runs))
+                known.size, known.end = max(known.size, effect.weight), max(known.end, 2 * runs)
+        return gathers.values()
 
     def _running(self) -> list[int]:
         """Operations that run by themselves, not inside another."""
@@ -223,7 +230,7 @@ class _Assignment:
 
 
 def _can_fuse(op: Op, effect: Effect) -> bool:
-    """Whether an operation can be computed inside what uses its result. Look-ups can that need no message."""
+    """Whether an operation can be computed inside what uses its result. So can look-ups that send nothing they find."""
     if isinstance(op.item, Product) and op.item.lookup:
-        return effect == Effect()
+        return effect == Effect(weight=effect.weight)
     return op.fusible

@@ -51,6 +51,9 @@ def of_product(product: Product, splits: Splits) -> Iterator[Message]:
         if size * splits.parts([*gathered, *shared]) > found:
             yield from _of_split_lookup(product, splits, rows, shared, tuple(dict.fromkeys(gathered)), found)
             return
+    if product.lookup and product.right.weight:
+        # Its rows' width is wanted whole, although no row of the result is split over the same axes: as of positions.
+        shared = shared | {axis for d, axes in enumerate(right) if d not in paired for axis in axes if axis not in out}
     last_first = [axis for axes in reversed(right) for axis in axes]
     order = sorted({*gathered, *shared}, key=last_first.index) if product.right.weight else [*gathered, *sorted(shared)]
     for axis in dict.fromkeys(order):
@@ -85,14 +88,23 @@ def _of_split_lookup(
 ) -> Iterator[Message]:
     """A look-up in a table whose width is split over axes that split the rows too, and which is larger than the result.
 
-    Every device looks up its part of the width for all rows, of which ``found`` bytes come together; then parts of the
-    width are exchanged for rows.
+    Every device looks up its part of the width for all rows, of which ``found`` bytes come together, one mesh axis
+    after the other, the innermost first; then parts of the width are exchanged for rows. Where the table's own rows are
+    split over axes that split the result's (``summed``), it is gathered along those if that is no more than what is
+    found, and what is found is summed over them otherwise.
     """
-    others = tuple(sorted(rows - width - set(summed)))
-    if summed:
+    size = splits.device_bytes(product.right)
+    others = rows - width
+    if summed and size * splits.parts(summed) > found:
+        others -= set(summed)
         yield Message("all-reduce", summed, found, product.times)
-    if others:
-        yield Message("all-gather", others, found, product.times)
+    else:
+        for axis in summed:
+            size *= splits.parts([axis])
+            yield Message("all-gather", (axis,), size, product.times, weight=True)
+    order = sorted(others, key=splits.order, reverse=True)
+    for position, axis in enumerate(order):
+        yield Message("all-gather", (axis,), found // splits.parts(order[position + 1 :]), product.times)
     size = splits.device_bytes(product.out) if others else found
     yield Message("all-to-all", tuple(sorted(width)), size, product.times)
 

@@ -61,6 +61,10 @@ class Splits:
         """Pieces that these mesh axes make."""
         return prod(self._mesh[axis] for axis in axes)
 
+    def order(self, axis: str) -> int:
+        """Where a mesh axis comes in the mesh, the outermost first."""
+        return list(self._mesh).index(axis)
+
     def device_bytes(self, value: Value) -> int:
         """Bytes of a value on one device."""
         return value.nbytes // self.parts(self.axes(value))
