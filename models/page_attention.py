@@ -22,9 +22,16 @@ from spmd_infer.models.cache_formats import Packed
 from spmd_infer.models.page_view import PageView
 from spmd_infer.models.pages_gathered import attend_gathered
 from spmd_infer.models.pages_in_place import attend_in_place
-from spmd_infer.models.pages_mosaic import attend_mosaic
 
 AttendPages = Callable[[jax.Array, Packed, Packed, jax.Array, PageView], jax.Array]
+
+
+def attend_mosaic(queries: jax.Array, keys: Packed, values: Packed, positions: jax.Array, view: PageView) -> jax.Array:
+    """The kernel for Hopper GPUs, which is imported when it is first asked for: Mosaic takes a third of a second."""
+    from spmd_infer.models import pages_mosaic
+
+    return pages_mosaic.attend_mosaic(queries, keys, values, positions, view)
+
 
 IN_PLACE, GATHERED, MOSAIC = "in_place", "gathered", "mosaic"
 WAYS: Mapping[str, AttendPages] = MappingProxyType(

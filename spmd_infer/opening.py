@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from spmd_infer.axes import SEQ
-from spmd_infer.checkpoints import Reader, open_checkpoint
+from spmd_infer.checkpoints import Reader
 from spmd_infer.checkpoints.native_reader import Verify
 from spmd_infer.checkpoints.native_store import stored_model
-from spmd_infer.demo import PREFIX, demo_path
+from spmd_infer.demo import open_source
 from spmd_infer.errors import CheckpointError, ModelError
 from spmd_infer.functional import ModelFunction, model_function
 from spmd_infer.models import Family, find_family
@@ -197,23 +197,14 @@ def open_model(
         ModelError: no family answers to it, the dtype is not a floating-point one, or the format is unknown.
     """
     wanted = None if dtype is None else floating_dtype(dtype)
-    named = demo_path(path) if isinstance(path, str) and path.startswith(PREFIX) else path
-    reader = open_checkpoint(named, verify=verify)
-    return match_model(reader, wanted, platform=platform, quantize=quantize)
+    return match_model(open_source(path, verify), wanted, platform=platform, quantize=quantize)
 
 
 def match_model(
     reader: Reader, wanted: Any = None, *, platform: str = "cpu", quantize: str | None = None
 ) -> OpenedModel:
     """Find the model of an open checkpoint; arguments and errors as for ``open_model``."""
-    shapes = {name: tuple(info.shape) for name, info in reader.tensors.items()}
-    stored = stored_model(reader)
-    if stored is not None and stored.family is not None:
-        family, config = family_named(stored.family), None
-        if stored.sizes is not None:
-            config = family.config_from_sizes(stored.sizes)
-    else:
-        family, config = find_family(reader.architecture, shapes)
+    stored, (family, config) = stored_model(reader), _family_and_sizes(reader)
     if config is None:
         config = family.config_from_hf(reader.config)
     default = jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
@@ -259,6 +250,20 @@ def match_model(
         reader=reader,
         table={name: table[name] for name in read},
     )
+
+
+def family_of(path: str | Path) -> Family:
+    """The family of a checkpoint's model, which is not built; arguments and errors as for ``open_model``."""
+    return _family_and_sizes(open_source(path, "off"))[0]
+
+
+def _family_and_sizes(reader: Reader) -> tuple[Family, ModelConfig | None]:
+    """A checkpoint's family, and its sizes where they are told by something else than a ``config.json``."""
+    stored = stored_model(reader)
+    if stored is None or stored.family is None:
+        return find_family(reader.architecture, {name: tuple(info.shape) for name, info in reader.tensors.items()})
+    family = family_named(stored.family)
+    return family, family.config_from_sizes(stored.sizes) if stored.sizes is not None else None
 
 
 def floating_dtype(dtype: Any) -> Any:

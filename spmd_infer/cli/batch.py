@@ -178,12 +178,11 @@ def _spec(
 ) -> JobSpec:
     from spmd_infer.jobs.sources import format_of
     from spmd_infer.jobs.spec import JobSpec
-    from spmd_infer.opening import open_model
+    from spmd_infer.opening import family_of
 
-    family = open_model(model, None, verify="off").family
     return JobSpec(
         model=model,
-        task=task or family.task,
+        task=task or family_of(model).task,
         input=str(source.absolute()),
         format=format_of(source) if kind == Format.AUTO else kind.value,
         output=str(output.absolute()),

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmd_infer.cli.options import VerifyLevel, note, print_json
+from spmd_infer.cli.options import note, print_json
 
 if TYPE_CHECKING:
-    from spmd_infer.checkpoints import Reader
     from spmd_infer.checkpoints.shares import Share
     from spmd_infer.conversion import Conversion
 
@@ -37,18 +36,6 @@ QkvOption = Annotated[
 ]
 
 _TRIAL_BYTES = 256 << 20
-
-
-def open_source(source: str, verify: VerifyLevel = VerifyLevel.FULL) -> Reader:
-    """Open a checkpoint or demo.
-
-    Raises:
-        CheckpointError: it is damaged, or is no checkpoint.
-    """
-    from spmd_infer.checkpoints import open_checkpoint
-    from spmd_infer.demo import PREFIX, demo_path
-
-    return open_checkpoint(demo_path(source) if source.startswith(PREFIX) else source, verify=verify.value)
 
 
 def copy(

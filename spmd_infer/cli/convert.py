@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy, open_source
+from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy
 from spmd_infer.cli.options import Debug, Json, Verify, VerifyLevel
 
 
@@ -69,6 +69,7 @@ def convert(
     """
     from spmd_infer.checkpoints.copying import Quantisation
     from spmd_infer.conversion import Changes, prepare
+    from spmd_infer.demo import open_source
 
     changes = Changes(
         dtype,
@@ -77,7 +78,7 @@ def convert(
         qkv.value if qkv else None,
         head.value if head else None,
     )
-    made = prepare(open_source(source, verify), changes, to=to.value)
+    made = prepare(open_source(source, verify.value), changes, to=to.value)
     copy(
         made,
         target,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import Source, open_source
+from spmd_infer.cli.checkpoint_options import Source
 from spmd_infer.cli.options import Debug, Json, note, print_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def inspect(
     Reads headers only: files may be larger than memory, and no accelerator is needed.
     """
     from spmd_infer.checkpoints.inspecting import inspect as look
+    from spmd_infer.demo import open_source
 
     reader = open_source(source)
     axes, layout = _layout(reader, mesh, hosts)
@@ -62,6 +63,7 @@ def diff(
     parameters. Ends with exit code 6 where there is a difference.
     """
     from spmd_infer.checkpoints.comparing import compare
+    from spmd_infer.demo import open_source
     from spmd_infer.progress import progress
 
     left, right = _comparable(open_source(a), open_source(b))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy, open_source
+from spmd_infer.cli.checkpoint_options import DryRun, Overwrite, QkvOption, Source, Target, copy
 from spmd_infer.cli.options import Debug, Json, Verify, VerifyLevel
 
 
@@ -49,12 +49,13 @@ def reshard(
     """
     from spmd_infer.checkpoints.shares import Share
     from spmd_infer.conversion import Changes, prepare
+    from spmd_infer.demo import open_source
     from spmd_infer.mesh import MeshSpec
 
     spec = MeshSpec.parse(mesh)
     changes = Changes(qkv=qkv.value if qkv else None)
     copy(
-        prepare(open_source(source, verify), changes, mesh=spec, hosts=hosts),
+        prepare(open_source(source, verify.value), changes, mesh=spec, hosts=hosts),
         target,
         "reshard",
         untold="tensors are split by their shapes alone",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spmd_infer.cli.checkpoint_options import Source, open_source
+from spmd_infer.cli.checkpoint_options import Source
 from spmd_infer.cli.options import Debug, Json, note, print_json
 from spmd_infer.errors import CheckpointError
 
@@ -27,6 +27,7 @@ def verify(
     headers, cut files and values that no weight should have. Ends with exit code 6 where something is wrong.
     """
     from spmd_infer.checkpoints import verify as check
+    from spmd_infer.demo import open_source
     from spmd_infer.progress import progress
 
     try:

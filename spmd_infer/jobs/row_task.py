@@ -100,10 +100,10 @@ class RowTask:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        from spmd_infer.demo import open_source
         from spmd_infer.generation.tokenizer import Tokenizer
-        from spmd_infer.opening import open_model
 
-        return Tokenizer.from_reader(open_model(self.spec.model, None, verify="off").reader)
+        return Tokenizer.from_reader(open_source(self.spec.model, "off"))
 
     def _field(self, row: Row) -> Any:
         """What a row's text is taken from.
