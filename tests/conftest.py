@@ -30,6 +30,13 @@ from spmd_infer.errors import SpmdInferError
 
 # (data, model) sizes on which sharded must equal unsharded.
 MESHES = ((1, 1), (8, 1), (1, 8), (2, 4), (4, 2))
+LONGEST = (
+    "faults/test_jobs.py",
+    "tasks/test_generate_together.py",
+    "tasks/test_generate.py",
+    "tasks/test_quantised.py",
+)
+"""Files of tests that take minutes, the longest first."""
 MOST_MAPPINGS = 12_000
 """Memory mappings that a process of the tests may begin a module with."""
 
@@ -41,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", folder.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: two workers share files out, and one would wait for the other in the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(Path(__file__).parent).as_posix(), len(LONGEST)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
