@@ -96,7 +96,7 @@ class Writing(Protocol):
         Args:
             band: one of ``bands``.
             values: its values, in memory that is used again afterwards.
-            known: chunks of the source with the same values, whose digests need not be computed again.
+            known: chunks of the source with the same values, whose SHA-256 need not be computed again.
         """
         ...
 
@@ -107,7 +107,10 @@ class Writing(Protocol):
     def put_blocks(
         self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
     ) -> None:
-        """Write one band from its bytes in C order, which come block by block in the same memory."""
+        """Write one band from its bytes in C order, which come block by block in the same memory.
+
+        Those of a known chunk have been compared with its digest once the last block has come.
+        """
         ...
 
 

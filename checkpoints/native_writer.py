@@ -71,7 +71,10 @@ class ArrayWriting:
         Args:
             band: one of ``bands``.
             values: its values; in another dtype than the stored one they are cast, checked to fit.
-            known: chunks of another checkpoint with the same values, whose digests need not be computed again.
+            known: chunks of another checkpoint with the same values, whose SHA-256 need not be computed again.
+
+        Raises:
+            CheckpointError: the values are not those that a known chunk had.
         """
         if values.shape != box_shape(band):
             raise CheckpointError(
@@ -79,7 +82,7 @@ class ArrayWriting:
             )
         for place in self._places[band]:
             raw = digests.flat_bytes(_packed(part(values, relative(place.box, band)), self._dtype, self.name))
-            self._put(place, (block for _, block in digests.blocks(raw)), known)
+            self._put(place, (block for _, block in digests.blocks(raw)), known, compare=True)
 
     def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
         """Whether a band of that dtype may be put block by block: it is one chunk, and nothing is cast."""
@@ -88,10 +91,17 @@ class ArrayWriting:
     def put_blocks(
         self, band: Box, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None = None
     ) -> None:
-        """Write a band for which ``streams`` is true from its bytes in C order; as ``put`` otherwise."""
-        self._put(self._places[band][0], blocks, known)
+        """Write a band for which ``streams`` is true from its bytes in C order; see ``copying.Writing``."""
+        self._put(self._places[band][0], blocks, known, compare=False)
 
-    def _put(self, place: _Place, blocks: Iterable[npt.NDArray[np.uint8]], known: Mapping[Box, Chunk] | None) -> None:
+    def _put(
+        self,
+        place: _Place,
+        blocks: Iterable[npt.NDArray[np.uint8]],
+        known: Mapping[Box, Chunk] | None,
+        *,
+        compare: bool,
+    ) -> None:
         same = known.get(place.box) if known else None
         if same is not None and not same.blake3:
             same = None
@@ -100,9 +110,15 @@ class ArrayWriting:
         for block in blocks:
             if same is None:
                 slow.update(block.data)
+            if same is None or compare:
                 fast.update(block.data)
             self._writer.write(place.file, place.offset + nbytes, block, self.name)
             nbytes += block.size
+        if same is not None and compare and fast.hexdigest() != same.blake3:
+            raise CheckpointError(
+                f"tensor {self.name!r}: its part {list(place.box)} has BLAKE3 {fast.hexdigest()}, expected "
+                f"{same.blake3}: the checkpoint that it comes from is damaged"
+            )
         sha256, blake3 = (same.sha256, same.blake3) if same else (slow.hexdigest(), fast.hexdigest())
         start, stop = tuple(a for a, _ in place.box), tuple(b for _, b in place.box)
         chunk = Chunk(place.file, place.offset, nbytes, start, stop, sha256, blake3)

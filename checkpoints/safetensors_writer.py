@@ -62,7 +62,7 @@ class _Writing:
 
     def put(self, band: Box, values: Array, known: Mapping[Box, Chunk] | None = None) -> None:
         """Write one band; see ``copying.Writing``."""
-        self.put_blocks(band, (block for _, block in digests.blocks(digests.flat_bytes(values))), known)
+        self.put_blocks(band, (block for _, block in digests.blocks(digests.flat_bytes(values))))
 
     def streams(self, band: Box, dtype: np.dtype[Any]) -> bool:
         """Whether a band may be put block by block: always, it lies in one run; see ``copying.Writing``."""

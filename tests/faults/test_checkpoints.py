@@ -21,8 +21,9 @@ from spmd_infer import Engine
 from spmd_infer.checkpoints import load_onto, open_checkpoint, save, verify
 from spmd_infer.checkpoints.copying import SLACK_BYTES
 from spmd_infer.checkpoints.manifest import DIGEST_NAME, MANIFEST_NAME, ModelEntry
-from spmd_infer.checkpoints.native_reader import NativeReader
+from spmd_infer.checkpoints.native_reader import NativeReader, Verify
 from spmd_infer.checkpoints.native_store import store
+from spmd_infer.checkpoints.native_writer import DataWriter
 from spmd_infer.checkpoints.safetensors_reader import SafetensorsReader
 from spmd_infer.checkpoints.safetensors_writer import store_hugging_face
 from spmd_infer.conversion import prepare
@@ -427,6 +428,33 @@ def test_damage_while_storing_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert not target.exists()
     copied(source, target, to)  # goes on: what was damaged did not count as done
     assert read_all(target) == read_all(source)
+
+
+@pytest.mark.parametrize("level", ["full", "fast", "off"])
+@pytest.mark.parametrize("to", ["native", "huggingface"])
+def test_a_damaged_source_is_not_copied_with_its_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, level: Verify
+) -> None:
+    """Chunks keep their digests, so they are compared even by a reader that was told not to."""
+    monkeypatch.setattr("spmd_infer.checkpoints.native_reader.FAST_SAMPLES", 0)
+    source, target = tmp_path / "source", tmp_path / "target"
+    copied(made(tmp_path / "source.safetensors"), source, "native")
+    _flip(source / "data/host-0000-0000.bin", 4321, 2)
+    reader = open_checkpoint(source, verify=level)
+    with pytest.raises(CheckpointError, match=r"tensor 't0\.weight' is damaged: bytes 0 to \d+ .* have BLAKE3"):
+        store(reader, target, model=ModelEntry()) if to == "native" else store_hugging_face(reader, target)
+    assert not target.exists()
+
+
+def test_values_that_are_not_those_of_their_chunk_are_refused(tmp_path: Path) -> None:
+    values = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    kept = DataWriter(tmp_path).begin("w", (3, 4), values.dtype, None, [(((0, 3), (0, 4)), 0)])
+    kept.put(kept.bands[0], values)
+    known = {chunk.box: chunk for chunk in kept.end().chunks}
+    again = DataWriter(tmp_path).begin("w", (3, 4), values.dtype, None, [(((0, 3), (0, 4)), 0)], known=known)
+    again.put(again.bands[0], values, known)
+    with pytest.raises(CheckpointError, match=r"tensor 'w': its part .* the checkpoint that it comes from is damaged"):
+        again.put(again.bands[0], values + 1, known)
 
 
 @pytest.mark.parametrize("to", ["native", "huggingface"])

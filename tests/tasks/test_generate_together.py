@@ -78,7 +78,7 @@ def together(engine: Engine, prompts: list[str], **options: Any) -> Tokens:
     return found
 
 
-@pytest.mark.parametrize("mesh", ["data=1,model=1", "data=2,model=4"])
+@pytest.mark.parametrize("mesh", ["data=1,model=1", "data=2,model=4", "data=8,model=1"])
 def test_the_whole_model(smollm2: Path, prompts: list[str], serial: Tokens, mesh: str) -> None:
     assert together(Engine.load(smollm2, mesh=mesh, dtype="float32"), prompts) == serial
 
